@@ -1,0 +1,111 @@
+"""Strict settings: YAML in, a validated pydantic model or one message with every fault out."""
+
+import difflib
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bt_core import storage
+from bt_core.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """A setting group: immutable, unknown keys refused, fields documented by their docstrings."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse(model: type[Model], content: object, where: str) -> Model:
+    """Validate `content` as `model`.
+
+    Args:
+        model: the expected pydantic model.
+        content: what was read, normally a dict.
+        where: the file or argument it came from, for the message.
+
+    Raises:
+        ConfigError: lists every fault with its dotted path; an unknown key is answered with the
+            valid keys and the nearest one.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        faults = [_fault_text(model, dict(fault)) for fault in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(faults)) from error
+
+
+def load_yaml(location: str) -> dict[str, Any]:
+    """Return a YAML file's mapping.
+
+    Raises:
+        ConfigError: if the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        content = yaml.safe_load(storage.read_bytes(location))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{location} does not exist") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{location} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{location} must hold a mapping of settings, not {type(content).__name__}"
+        )
+    return content
+
+
+def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Return `content` with dotted overrides such as `train.epochs=3` applied (values are YAML).
+
+    Raises:
+        ConfigError: if an override has no `=`, or runs through something that is not a mapping.
+    """
+    result = {**content}
+    for override in overrides:
+        path, separator, value = override.partition("=")
+        if not separator or not path:
+            raise ConfigError(f"--set {override!r}: write it as section.key=value")
+        node = result
+        *parents, leaf = path.split(".")
+        for parent in parents:
+            child = node.get(parent, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
+            node[parent] = child = {**child}
+            node = child
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not valid YAML") from error
+    return result
+
+
+def _fault_text(model: type[BaseModel], fault: dict[str, Any]) -> str:
+    path = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] != "extra_forbidden":
+        given = fault.get("input")
+        shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+        return f"{path}: {fault['msg']}{shown}"
+    valid = _valid_keys(model, list(fault["loc"][:-1]))
+    near = difflib.get_close_matches(str(fault["loc"][-1]), valid, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    return f"unknown key {path!r}{hint} (valid here: {', '.join(valid)})"
+
+
+def _valid_keys(model: type[BaseModel], path: list[Any]) -> list[str]:
+    """Return the field names of the model that a path of field names leads to."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            continue  # a list index or a union tag
+        nested = [field.annotation, *get_args(field.annotation)]
+        models = [t for t in nested if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return sorted(model.model_fields)

@@ -1,0 +1,1 @@
+"""Scans become a dataset: decode stage, catalog, splits, Ray Data pipelines."""

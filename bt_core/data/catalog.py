@@ -1,0 +1,217 @@
+"""The catalog of a prepared dataset: one row per file, split or left out with a reason.
+
+A dataset folder holds `dataset.json`, `catalog.parquet` and `views/<name>/` with the pixel shards.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from bt_core import storage
+from bt_core.config import StrictModel, parse
+from bt_core.data.splits import SPLITS, grouped_split
+from bt_core.errors import ConfigError, DatasetError, SourceError
+from bt_core.labels import (
+    LABEL_SPACES,
+    LabelSpace,
+    Task,
+    class_of_folder,
+    infer_task,
+    known_folder_names,
+    to_task,
+)
+from bt_core.scans.archives import ScanRef
+
+_GIVEN_SPLITS = {
+    "training": "train", "train": "train", "testing": "test", "test": "test",
+    "validation": "validation", "valid": "validation", "val": "validation",
+}  # fmt: skip
+
+
+class DatasetInfo(StrictModel):
+    """Content of `dataset.json`; written last, so its presence means that the dataset is whole."""
+
+    format_version: int = 1
+    source: str
+    label_space: LabelSpace
+    seed: int
+    fractions: tuple[float, float, float]
+    num_scans: int
+    num_left_out: dict[str, int]
+    """Reason code to number of files that are in no split."""
+    num_skipped: dict[str, int]
+    """Files of the source that are not scans, by why."""
+    counts: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """Split to class to number of scans."""
+    digest: str
+    """Of every scan's content digest, label and split."""
+
+
+class Dataset:
+    """A prepared dataset on disk.
+
+    Raises:
+        DatasetError: if the folder is not one, or its preparation was not finished.
+    """
+
+    def __init__(self, location: str) -> None:
+        self.location = storage.absolute(location)
+        marker = storage.join(self.location, "dataset.json")
+        try:
+            self.info = parse(DatasetInfo, storage.read_json(marker), marker)
+        except FileNotFoundError as error:
+            raise DatasetError(
+                f"{location} is not a prepared dataset (no dataset.json); run: "
+                f"bt prepare SOURCE -o {location}"
+            ) from error
+        except (ValueError, ConfigError) as error:
+            raise DatasetError(f"{marker} cannot be understood: {error}") from error
+
+    def catalog(self) -> pa.Table:
+        """Return all rows of the catalog."""
+        return storage.read_table(storage.join(self.location, "catalog.parquet"))
+
+    def split(self, name: str) -> pa.Table:
+        """Return the catalog rows of one split."""
+        table = self.catalog()
+        return table.filter(pc.equal(table["split"], name))
+
+
+def label_refs(refs: list[ScanRef], task: Task | None) -> tuple[pa.Table, LabelSpace]:
+    """Give every listed scan its label from its folder.
+
+    The deepest folder whose name is a known class decides; a folder such as Training is kept as
+    `given_split`.
+
+    Args:
+        refs: listed scans.
+        task: the label space; None infers it.
+
+    Returns:
+        A table with scan_id, uri, member, position, label and given_split, and the label space.
+
+    Raises:
+        SourceError: if some folder is not a known class (all are listed, with the known names), or
+            fewer than two classes are there.
+    """
+    classes = [_class_of_member(ref.member) for ref in refs]
+    unknown = Counter(_folder(r.member) for r, c in zip(refs, classes, strict=True) if c is None)
+    if unknown:
+        listed = ", ".join(f"{name!r} ({count} files)" for name, count in unknown.most_common(10))
+        raise SourceError(
+            f"unknown class folder {listed}; known folder names are: {known_folder_names()}. "
+            "Rename or remove these folders"
+        )
+    known = [c for c in classes if c is not None]
+    space = LABEL_SPACES[task or infer_task(set(known))]
+    labels = [to_task(c, space.task) for c in known]
+    if None in labels:
+        raise SourceError("folders of untyped tumours cannot be used for the task four_class")
+    if len(set(labels)) < 2:
+        raise SourceError(f"the source holds one class only ({labels[0]}); at least two are needed")
+    columns: dict[str, Any] = ref_columns(refs)
+    columns["label"] = labels
+    columns["given_split"] = [_given_split(ref.member) for ref in refs]
+    return pa.table(columns), space
+
+
+def ref_columns(refs: list[ScanRef]) -> dict[str, Any]:
+    """Return listed scans as columns scan_id, uri, member, position."""
+    return {
+        "scan_id": [r.scan_id for r in refs],
+        "uri": [r.uri for r in refs],
+        "member": [
+            r.member.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for r in refs
+        ],
+        "position": pa.array([r.position for r in refs], pa.int64()),
+    }
+
+
+def assign_splits(catalog: pa.Table, fractions: tuple[float, float, float], seed: int) -> pa.Table:
+    """Add the columns `group` and `split` to decoded, labelled rows, sorted by scan_id.
+
+    Scans with equal pixels form a group. Scans whose group stands under two labels are left out
+    with the reason `label_conflict`: nobody can say which one is right. `split` is empty for what
+    is left out.
+    """
+    catalog = catalog.sort_by("scan_id")
+    columns = catalog.to_pydict()
+    labels_of: dict[str, set[str]] = {}
+    for group, label in zip(columns["pixel_sha256"], columns["label"], strict=True):
+        labels_of.setdefault(group, set()).add(label)
+    reasons = [
+        "label_conflict" if not reason and len(labels_of[group]) > 1 else reason
+        for reason, group in zip(columns["reason"], columns["pixel_sha256"], strict=True)
+    ]
+    kept = [i for i, reason in enumerate(reasons) if not reason]
+    splits = [""] * len(reasons)
+    dealt = grouped_split(
+        [columns["pixel_sha256"][i] for i in kept],
+        [columns["label"][i] for i in kept],
+        fractions,
+        seed,
+    )
+    for i, split in zip(kept, dealt, strict=True):
+        splits[i] = split
+    groups = [digest[:16] for digest in columns["pixel_sha256"]]
+    catalog = catalog.drop_columns(["reason"])
+    for name, values in (("reason", reasons), ("group", groups), ("split", splits)):
+        catalog = catalog.append_column(name, pa.array(values, pa.string()))
+    return catalog
+
+
+def describe(
+    catalog: pa.Table,
+    source: str,
+    space: LabelSpace,
+    skipped: dict[str, int],
+    fractions: tuple[float, float, float],
+    seed: int,
+) -> DatasetInfo:
+    """Return the facts of a split catalog.
+
+    Raises:
+        SourceError: if some class has no scan in some split; more scans are needed then.
+    """
+    rows = catalog.select(["split", "label", "reason", "content_sha256"]).to_pylist()
+    counts = {s: {c: 0 for c in space.names} for s in SPLITS}
+    for row in rows:
+        if row["split"]:
+            counts[row["split"]][row["label"]] += 1
+    present = {r["label"] for r in rows}
+    bare = [f"{s}/{c}" for s in SPLITS for c in sorted(present) if not counts[s][c]]
+    if bare:
+        raise SourceError(
+            f"too few usable scans: no scan for {', '.join(bare)}; every class needs one in "
+            "each split, so at least three different pictures"
+        )
+    lines = (f"{r['content_sha256']} {r['label']} {r['split']}" for r in rows)
+    return DatasetInfo(
+        source=source,
+        label_space=space,
+        seed=seed,
+        fractions=fractions,
+        num_scans=len(rows),
+        num_left_out=dict(Counter(r["reason"] for r in rows if r["reason"])),
+        num_skipped=skipped,
+        counts=counts,
+        digest=storage.digest_lines(lines),
+    )
+
+
+def _class_of_member(member: str) -> str | None:
+    folders = member.split("/")[:-1]
+    known = (class_of_folder(folder) for folder in reversed(folders))
+    return next((name for name in known if name), None)
+
+
+def _folder(member: str) -> str:
+    return member.rsplit("/", 1)[0] if "/" in member else "(no folder)"
+
+
+def _given_split(member: str) -> str:
+    parts = (_GIVEN_SPLITS.get(part.lower(), "") for part in member.split("/")[:-1])
+    return next((part for part in parts if part), "")

@@ -1,0 +1,231 @@
+"""Ray Data over scans: decode in guarded tasks, write views, read shards, score.
+
+Ray retries for ever by default, so a file that kills its decoder would stop a job without an end.
+Here every retry is bounded, and decoding runs in tasks of its own whose death is noticed: the scans
+of a dead task are tried one by one, twice each, and one that dies again is set aside as
+`decoder_crashed`.
+"""
+
+import logging
+import sys
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.exceptions
+from ray.util.annotations import RayDeprecationWarning
+
+from bt_core import storage
+from bt_core.data.catalog import Dataset
+from bt_core.data.decode_stage import Columns, DecodeStage
+from bt_core.scans.preprocess import PreprocessSpec
+
+MAX_RETRIES: Final = 2
+"""How often Ray may repeat a lost task or restart a lost actor."""
+TRIES_PER_SCAN: Final = 2
+_DECODE_BATCH: Final = 64
+_SHARD_ROWS: Final = 512
+_CACHED_SHARE: Final = 0.25
+_STARVED_AFTER_SECONDS: Final = 300
+_CRASHES: Final = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+
+
+class RowStage(Protocol):
+    """Work on a batch of columns that can also give the row of a scan it could not do."""
+
+    def __call__(self, columns: Columns) -> Columns:
+        """Return one row for each row."""
+
+    def set_aside(self, row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
+        """Return the row of a scan that ended its worker."""
+
+
+def configure() -> None:
+    """Set Ray Data's context for this process: fail when starved, show bars on a terminal only.
+
+    Its log lines are kept to errors: the commands say in one line each what was done.
+    """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.execution_no_progress_timeout_s = _STARVED_AFTER_SECONDS
+    context.enable_progress_bars = sys.stderr.isatty()
+
+
+def decode(refs: pa.Table, stage: RowStage) -> ray.data.Dataset:
+    """Run a stage over scan refs in guarded tasks, in parallel over the cluster.
+
+    Args:
+        refs: rows of `REF_COLUMNS` and any others.
+        stage: a `DecodeStage`.
+
+    Returns:
+        A lazy dataset with one row for each ref, in no particular order.
+    """
+    configure()
+    blocks = [refs.slice(i, _DECODE_BATCH) for i in range(0, refs.num_rows, _DECODE_BATCH)]
+    with _bounded_retries():
+        return ray.data.from_arrow(blocks).map_batches(
+            _guarded, fn_kwargs={"stage": stage}, batch_size=None, max_retries=MAX_RETRIES
+        )
+
+
+def decode_catalog(refs: pa.Table) -> pa.Table:
+    """Read, decode and digest every scan; return the rows without pixels, one for each ref.
+
+    Raises:
+        RuntimeError: if rows were lost, which would be a defect of this program.
+    """
+    dataset = decode(refs, DecodeStage())
+    tables = [ray.get(ref) for ref in dataset.to_arrow_refs()]
+    table = pa.concat_tables(tables, promote_options="permissive")
+    if sorted(table["scan_id"].to_pylist()) != sorted(refs["scan_id"].to_pylist()):
+        raise RuntimeError(f"{refs.num_rows} scans went in, {table.num_rows} rows came out")
+    return table
+
+
+def ensure_view(dataset: Dataset, spec: PreprocessSpec) -> str:
+    """Return the folder of a dataset's pixel shards for a spec, writing them first if need be.
+
+    A view holds `split=train`, `split=validation` and `split=test`, each with Parquet shards of
+    scan_id, label (class index) and pixels (uint8, S x S), in a random order that the dataset's
+    seed decides, so that streaming them in order mixes the classes.
+    """
+    name = f"{spec.size_px}px-{spec.pixel_digest[:8]}"
+    location = storage.join(dataset.location, "views", name)
+    if storage.exists(storage.join(location, "view.json")):
+        return location
+    catalog = dataset.catalog()
+    used = np.flatnonzero(np.array(catalog["split"].to_pylist()) != "")
+    order = np.random.default_rng(dataset.info.seed).permutation(used)
+    rows = catalog.take(pa.array(order))
+    index = [dataset.info.label_space.index(label) for label in rows["label"].to_pylist()]
+    refs = rows.select(["scan_id", "uri", "member", "position", "split", "pixel_sha256"])
+    refs = refs.rename_columns({"pixel_sha256": "expected"})
+    refs = refs.append_column("label", pa.array(index, pa.int64()))
+    beside = storage.join(dataset.location, "views", f"{name}.{uuid.uuid4().hex[:8]}.tmp")
+    with _bounded_retries():
+        decode(refs, DecodeStage((spec,))).map_batches(
+            _view_rows, batch_size=_SHARD_ROWS, max_retries=MAX_RETRIES
+        ).write_parquet(beside, partition_cols=["split"], mode="append")
+    view = {"preprocess": spec.model_dump(), "num_scans": len(order)}
+    storage.write_json(storage.join(beside, "view.json"), view)
+    storage.remove_dir(location)
+    storage.move_dir(beside, location)
+    return location
+
+
+def read_view(view: str, split: str) -> ray.data.Dataset:
+    """Return the dataset of one split of a view: scan_id, label, pixels.
+
+    A split that takes less than a quarter of the cluster's object store is read into it once, so
+    that an epoch does not begin with starting tasks (12 to 20 s on two busy cores); a larger one is
+    streamed from its shards every epoch.
+    """
+    configure()
+    folder = storage.join(view, f"split={split}")
+    with _bounded_retries():
+        dataset = ray.data.read_parquet(
+            folder,
+            columns=["scan_id", "label", "pixels"],
+            partitioning=None,
+            ray_remote_args={"max_retries": MAX_RETRIES},
+        )
+    side = storage.read_json(storage.join(view, "view.json"))["preprocess"]["size_px"]
+    num_bytes = dataset.count() * side**2
+    fits = num_bytes < _CACHED_SHARE * ray.cluster_resources().get("object_store_memory", 0)
+    return dataset.materialize() if fits else dataset
+
+
+def score(
+    refs: pa.Table,
+    specs: tuple[PreprocessSpec, ...],
+    scorer: type[Callable[[Columns], Any]],
+    scorer_args: tuple[Any, ...],
+    output: str,
+    num_actors: int,
+    cpus_per_actor: float,
+    num_gpus_per_actor: float = 0.0,
+) -> None:
+    """Decode scans, run a scorer on them in a pool of actors, and write its rows to Parquet.
+
+    Args:
+        refs: rows of `REF_COLUMNS`.
+        specs: preprocessing specs with distinct pixels, in the scorer's order.
+        scorer: callable class from decoded columns to result rows, one for one; it loads its model
+            once.
+        scorer_args: its constructor's arguments.
+        output: folder that the Parquet files are written to.
+        num_actors: copies of the scorer.
+        cpus_per_actor: logical CPUs each holds; leave at least one for decoding.
+        num_gpus_per_actor: GPUs each holds.
+    """
+    with _bounded_retries():
+        decode(refs, DecodeStage(specs)).map_batches(
+            scorer,
+            fn_constructor_args=scorer_args,
+            batch_size=_DECODE_BATCH,
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            num_cpus=cpus_per_actor,
+            num_gpus=num_gpus_per_actor or None,
+            max_restarts=MAX_RETRIES,
+            max_task_retries=MAX_RETRIES,
+        ).write_parquet(output, mode="append", min_rows_per_file=50_000)
+
+
+def _view_rows(columns: Columns) -> Columns:
+    """Keep a view's columns; refuse scans that no longer decode to what the catalog says."""
+    changed = columns["pixel_sha256"] != columns["expected"]
+    if changed.any():
+        first = columns["scan_id"][changed][0]
+        raise ValueError(
+            f"{int(changed.sum())} scans differ from the catalog (first: scan {first}): the source "
+            "has changed since bt prepare; prepare it again"
+        )
+    kept = {name: columns[name] for name in ("scan_id", "label", "split")}
+    return {**kept, "pixels": columns["pixels_0"]}
+
+
+def _guarded(columns: Columns, stage: RowStage) -> Columns:
+    try:
+        return _get(_run_stage.remote(stage, columns))
+    except _CRASHES:
+        rows = [{k: v[i] for k, v in columns.items()} for i in range(len(columns["scan_id"]))]
+        return _one_by_one(rows, stage)
+
+
+def _one_by_one(rows: list[dict[str, Any]], stage: RowStage) -> Columns:
+    """Give every scan a task of its own, so that the one that crashes harms no other."""
+    task = _run_stage.options(max_retries=TRIES_PER_SCAN - 1)
+    pending = [task.remote(stage, {k: np.array([v]) for k, v in row.items()}) for row in rows]
+    parts: list[Columns] = []
+    for row, ref in zip(rows, pending, strict=True):
+        try:
+            parts.append(_get(ref))
+        except _CRASHES:
+            blank = stage.set_aside(row, "decoder_crashed", f"{TRIES_PER_SCAN} tries")
+            parts.append({k: np.array([v]) for k, v in blank.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
+def _run_stage(stage: RowStage, columns: Columns) -> Columns:
+    return stage(columns)
+
+
+def _get(ref: Any) -> Columns:
+    result: Columns = ray.get(ref)
+    return result
+
+
+@contextmanager
+def _bounded_retries() -> Iterator[None]:
+    """Allow `max_retries` and its like, which Ray 2.60 deprecates without another way."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        yield

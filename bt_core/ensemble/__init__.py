@@ -1,0 +1,1 @@
+"""Members become one calibrated answer: weights, temperatures, review rule, score rows."""

@@ -1,0 +1,84 @@
+"""Score rows: what batch scoring writes, one row for each scan, nothing dropped."""
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from bt_core.ensemble.ensemble import Ensemble, preprocess_digest
+from bt_core.errors import status_of
+from bt_core.labels import LabelSpace
+from bt_core.models.bundle import Bundle
+
+STATUSES: Final = ("scored", "deferred", "rejected", "failed")
+
+
+def score_schema(space: LabelSpace) -> pa.Schema:
+    """Return the Parquet schema of score rows: plain Arrow types, readable without this project."""
+    return pa.schema(
+        [
+            pa.field("scan_id", pa.string(), nullable=False),
+            pa.field("uri", pa.string(), nullable=False),
+            pa.field("member", pa.string(), nullable=False),
+            pa.field("content_sha256", pa.string()),
+            pa.field("status", pa.string(), nullable=False),
+            pa.field("reason", pa.string(), nullable=False),
+            pa.field("predicted_label", pa.string()),
+            pa.field("confidence", pa.float64()),
+            *(pa.field(f"prob_{name}", pa.float64()) for name in space.names),
+            pa.field("entropy", pa.float64()),
+            pa.field("prediction_set", pa.list_(pa.string())),
+            pa.field("members_used", pa.list_(pa.string())),
+            pa.field("seen_in_training", pa.bool_()),
+            pa.field("bundle_id", pa.string(), nullable=False),
+            pa.field("preprocess_digest", pa.string(), nullable=False),
+            pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        ]
+    )
+
+
+class Scorer:
+    """Callable for an actor pool: decoded columns in, score rows out. The model is loaded once.
+
+    Args:
+        bundle_location: folder of the bundle, readable on every node.
+        device: `cpu` or `cuda`.
+        num_threads: torch threads on the CPU.
+    """
+
+    def __init__(self, bundle_location: str, device: str, num_threads: int) -> None:
+        self._ensemble = Ensemble(Bundle(bundle_location), device, num_threads)
+        self._schema = score_schema(self._ensemble.info.label_space)
+        self._preprocess_digest = preprocess_digest(self._ensemble.info)
+
+    def __call__(self, columns: dict[str, Any]) -> pa.Table:
+        """Return one score row for each decoded row; those with a reason skip the model."""
+        good = np.flatnonzero(np.array(columns["reason"]) == "")
+        answers: dict[int, dict[str, Any]] = {}
+        if len(good):
+            pixels = [columns[f"pixels_{i}"][good] for i in range(len(self._ensemble.specs))]
+            digests = [str(columns["pixel_sha256"][i]) for i in good]
+            found = self._ensemble.answer(pixels, digests)
+            answers = {int(i): answer for i, answer in zip(good, found, strict=True)}
+        now = datetime.now(UTC)
+        rows = [self._row(columns, i, answers.get(i), now) for i in range(len(columns["scan_id"]))]
+        return pa.Table.from_pylist(rows, schema=self._schema)
+
+    def _row(
+        self, columns: dict[str, Any], i: int, answer: dict[str, Any] | None, now: datetime
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "scan_id": str(columns["scan_id"][i]),
+            "uri": str(columns["uri"][i]),
+            "member": str(columns["member"][i]),
+            "content_sha256": str(columns["content_sha256"][i]) or None,
+            "bundle_id": self._ensemble.info.bundle_id,
+            "preprocess_digest": self._preprocess_digest,
+            "scored_at": now,
+        }
+        if answer is None:
+            reason = str(columns["reason"][i])
+            return {**row, "status": status_of(reason), "reason": reason}
+        probs = {f"prob_{name}": p for name, p in answer["probabilities"].items()}
+        return {**row, **answer, **probs}

@@ -1,0 +1,128 @@
+"""Every exception this project raises on purpose.
+
+::
+
+    BtError                 exit 1   anything foreseen that a person can act on
+    ├── UsageError          exit 2   a wrong argument, path or setting
+    │   ├── ConfigError              a recipe, spec or override that does not validate
+    │   ├── SourceError              a scan source that cannot be read as a whole
+    │   ├── DatasetError             a prepared dataset that is missing or does not fit
+    │   ├── WeightsError             initial weights that cannot be had
+    │   └── BundleError              a bundle that is missing, changed or not understood
+    ├── RunError            exit 1   work that started and could not be finished
+    └── ScanError           (a row)  one scan that cannot be used; carries a reason code
+
+A message says what, which value, and what to do next. It never quotes a DICOM header value or
+pixels.
+"""
+
+from typing import Final
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_INCOMPLETE: Final = 3
+"""The command finished, but some scans were not scored."""
+
+
+class BtError(Exception):
+    """Base of all errors that are shown to people as one line."""
+
+    exit_code: int = EXIT_FAILED
+
+
+class UsageError(BtError):
+    """The command cannot start as it was called."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UsageError):
+    """A recipe, spec or override does not validate; the message lists every fault at once."""
+
+
+class SourceError(UsageError):
+    """A scan source is missing, empty, encrypted or over the limits as a whole."""
+
+
+class DatasetError(UsageError):
+    """A prepared dataset is missing, unfinished or does not fit the request."""
+
+
+class WeightsError(UsageError):
+    """Initial weights cannot be had from the stated source; there is no silent fall-back."""
+
+
+class BundleError(UsageError):
+    """A bundle is missing a file, was changed, or has a format this version does not read."""
+
+
+class RunError(BtError):
+    """Work started and could not be finished."""
+
+
+REASONS: Final[dict[str, str]] = {
+    "empty_file": "the file has no bytes",
+    "io_error": "the bytes could not be read from the source",
+    "unsupported_type": "the content is not a picture or DICOM file that this version reads",
+    "corrupt_image": "the picture's data is damaged",
+    "truncated_image": "the picture's data ends early",
+    "image_too_large": "the picture has more pixels than the limit",
+    "image_too_small": "the picture is smaller than the limit",
+    "multi_frame": "the file holds several frames; this version reads single frames",
+    "no_pixel_data": "the DICOM object holds no picture",
+    "transfer_syntax_unsupported": "the DICOM compression is not supported",
+    "no_signal": "the picture is one flat value",
+    "member_encrypted": "the archive member is encrypted",
+    "member_too_large": "the archive member is over the size limit",
+    "member_corrupt": "the archive member does not unpack to its checksum",
+    "decoder_crashed": "decoding ended its worker process twice",
+    "unknown_class": "the folder name is not a known class",
+    "label_conflict": "the same pixels stand under two classes",
+    "low_confidence": "the calibrated confidence is below the review threshold",
+}
+"""Every reason code with its meaning in words; a closed list, so that users can rely on it."""
+
+REJECTED_REASONS: Final = frozenset(
+    {
+        "unsupported_type",
+        "image_too_large",
+        "image_too_small",
+        "multi_frame",
+        "no_pixel_data",
+        "transfer_syntax_unsupported",
+        "no_signal",
+        "member_encrypted",
+        "member_too_large",
+    }
+)
+"""Reasons of status `rejected`: the input is whole, but not one that may be classified.
+Every other scan error is status `failed`: the input could not be read."""
+
+
+class ScanError(BtError):
+    """One scan cannot be used.
+
+    Args:
+        reason: a key of `REASONS`.
+        detail: technical detail without any patient data, such as sizes or a transfer syntax UID.
+
+    Raises:
+        ValueError: on an unknown reason code (a programming error).
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        if reason not in REASONS:
+            raise ValueError(f"unknown reason code {reason!r}")
+        self.reason = reason
+        self.detail = detail
+        super().__init__(f"{reason}: {REASONS[reason]}" + (f" ({detail})" if detail else ""))
+
+    def __reduce__(self) -> tuple[type["ScanError"], tuple[str, str]]:
+        """Travel between processes with the reason code intact."""
+        return ScanError, (self.reason, self.detail)
+
+
+def status_of(reason: str) -> str:
+    """Return the score status, `rejected` or `failed`, that a scan error's reason leads to."""
+    return "rejected" if reason in REJECTED_REASONS else "failed"

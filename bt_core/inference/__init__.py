@@ -1,0 +1,1 @@
+"""From pixels to probabilities: the predictor is the only way there."""

@@ -1,0 +1,70 @@
+"""The only path from stored pixels to logits.
+
+Shape suffixes: M members, B batch, S side, K classes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from bt_core.errors import BundleError
+from bt_core.models.bundle import Bundle
+from bt_core.models.inputs import Preprocessor
+from bt_core.scans.preprocess import PreprocessSpec
+
+
+class Predictor:
+    """All members of a bundle, loaded, on one device.
+
+    Args:
+        bundle: a verified bundle.
+        device: `cpu` or `cuda`.
+        num_threads: torch threads of this process on the CPU; None leaves them as they are.
+
+    Raises:
+        BundleError: if weights do not fit, or this host preprocesses the golden image differently.
+    """
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", num_threads: int | None = None) -> None:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self.device = torch.device(device)
+        self.specs, self._spec_of = distinct_specs([m.preprocess for m in bundle.info.members])
+        self._preprocessors: list[Preprocessor] = []
+        self._models: list[torch.nn.Module] = []
+        for member in bundle.info.members:
+            preprocessor = Preprocessor(member.preprocess)
+            if preprocessor.golden_digest != member.golden_digest:
+                raise BundleError(
+                    f"member {member.name}: this host preprocesses the golden image differently "
+                    "from the one that trained it; install the versions of requirements.lock"
+                )
+            self._preprocessors.append(preprocessor)
+            self._models.append(bundle.load_member(member).to(self.device))
+
+    @torch.inference_mode()
+    def logits(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Return logits_MBK float32.
+
+        Args:
+            pixels: for each of `specs`, in their order, pixels_BSS uint8 of the same B scans.
+        """
+        logits = [
+            model(preprocessor.batch(pixels[i]).to(self.device)).float().cpu().numpy()
+            for model, preprocessor, i in zip(
+                self._models, self._preprocessors, self._spec_of, strict=True
+            )
+        ]
+        return np.stack(logits)
+
+
+def distinct_specs(
+    specs: Sequence[PreprocessSpec],
+) -> tuple[tuple[PreprocessSpec, ...], tuple[int, ...]]:
+    """Return the specs with distinct pixels, and for each given spec its place among them."""
+    distinct: dict[str, PreprocessSpec] = {}
+    for spec in specs:
+        distinct.setdefault(spec.pixel_digest, spec)
+    places = list(distinct)
+    return tuple(distinct.values()), tuple(places.index(s.pixel_digest) for s in specs)

@@ -1,0 +1,1 @@
+"""Classifiers: backbones, heads, initial weights, bundles."""

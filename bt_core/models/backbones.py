@@ -1,0 +1,115 @@
+"""Backbones by name: any timm model, or one of our own networks. The only user of timm.
+
+timm is imported when a backbone is built: it takes five seconds, which commands that build none save.
+
+A backbone has no classifier; its contract is timm's: forward_features,
+forward_head(pre_logits=True), num_features.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import nn
+
+from bt_core.errors import ConfigError, WeightsError
+from bt_core.models.cnn import NETWORKS
+from bt_core.models.spec import ModelSpec
+
+Triple = tuple[float, float, float]
+_HALF: Final[Triple] = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone with what its own configuration says about it.
+
+    Attributes:
+        module: the network without a classifier.
+        spec: the model spec with the constructor arguments that the weights came with.
+        mean: per channel, of inputs in [0, 1].
+        std: per channel, of inputs in [0, 1].
+    """
+
+    module: nn.Module
+    spec: ModelSpec
+    mean: Triple
+    std: Triple
+
+    @property
+    def num_features(self) -> int:
+        """Width of the pooled features."""
+        return int(self.module.num_features)  # type: ignore[arg-type]
+
+
+def build_backbone(spec: ModelSpec) -> Backbone:
+    """Build a backbone with its initial weights.
+
+    Raises:
+        ConfigError: if no such backbone exists; names similar ones.
+        WeightsError: if the weights cannot be had from the stated source; names the other two.
+    """
+    if spec.backbone in NETWORKS:
+        if spec.weights_source != "none":
+            raise WeightsError(
+                f"{spec.backbone} is trained from scratch and has no {spec.weights_source} weights; "
+                "pass --set model.weights=none"
+            )
+        return Backbone(NETWORKS[spec.backbone](**spec.backbone_args), spec, _HALF, _HALF)
+    import timm
+
+    if not timm.is_model(spec.backbone):
+        near = timm.list_models(f"*{spec.backbone.split('_')[0][:6]}*")[:5]
+        raise ConfigError(
+            f"model.backbone: no backbone {spec.backbone!r} in timm {timm.__version__} or in "
+            f"{sorted(NETWORKS)}; near: {', '.join(near) or 'none'}"
+        )
+    if spec.weights_source == "local-dir":
+        return _from_local_dir(spec)
+    return _from_timm(spec, spec.backbone, pretrained=spec.weights_source == "hub")
+
+
+def _from_local_dir(spec: ModelSpec) -> Backbone:
+    path = spec.weights.partition(":")[2]
+    try:
+        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"model.weights: {path} is not a timm folder (config.json and model.safetensors): "
+            f"{type(error).__name__}; check the path, or use hub or none"
+        ) from error
+    architecture = str(config.get("architecture", ""))
+    if architecture.split(".")[0] != spec.backbone.split(".")[0]:
+        raise WeightsError(
+            f"model.weights: {path} holds {architecture!r}, but the recipe's backbone is "
+            f"{spec.backbone!r}; point to matching weights, or use hub or none"
+        )
+    spec = spec.model_copy(
+        update={"backbone_args": {**config.get("model_args", {}), **spec.backbone_args}}
+    )
+    return _from_timm(spec, f"local-dir:{path}", pretrained=True)
+
+
+def _from_timm(spec: ModelSpec, name: str, pretrained: bool) -> Backbone:
+    import timm
+
+    arguments: dict[str, Any] = {**spec.backbone_args, "num_classes": 0}
+    try:
+        module = timm.create_model(name, pretrained=pretrained, **arguments)
+    except Exception as error:  # the hub client raises many types; a wrong argument is a TypeError
+        if not pretrained:
+            raise ConfigError(f"model.backbone_args: {spec.backbone}: {error}") from error
+        raise WeightsError(
+            f"model.weights: cannot load {spec.weights} weights of {spec.backbone} "
+            f"({type(error).__name__}); sites without internet use local-dir:PATH, and none trains "
+            "from scratch (or hub, with internet)"
+        ) from error
+    config = module.pretrained_cfg
+    return Backbone(module, spec, _triple(config["mean"]), _triple(config["std"]))
+
+
+def _triple(values: Any) -> Triple:
+    first, second, third = (float(v) for v in values)
+    return first, second, third

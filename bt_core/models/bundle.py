@@ -1,0 +1,187 @@
+"""A bundle: an ensemble as a folder of safetensors and JSON, each file with its digest. No pickle.
+
+::
+
+    bundle.json                      BundleInfo; its bundle_id covers every other file
+    members/<name>/config.json       the resolved ModelSpec and PreprocessSpec
+    members/<name>/model.safetensors
+    training_index.safetensors       which pixels were trained on
+    MODEL_CARD.md
+"""
+
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import safetensors.torch
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+
+from bt_core import storage
+from bt_core.config import StrictModel, parse
+from bt_core.errors import BundleError, ConfigError
+from bt_core.labels import LabelSpace
+from bt_core.models.classifier import Classifier, rebuild_classifier
+from bt_core.models.spec import ModelSpec
+from bt_core.scans.preprocess import PreprocessSpec
+
+FORMAT_VERSION = 1
+INDEX_FILE = "training_index.safetensors"
+
+
+class MemberInfo(StrictModel):
+    """One classifier of the ensemble."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    model: ModelSpec
+    preprocess: PreprocessSpec
+    golden_digest: str
+    """SHA-256 of the preprocessed golden image; a host that computes another one may not score."""
+    weight: float = Field(ge=0, le=1)
+    """Share in the averaged probabilities; the weights of all members sum to 1."""
+    temperature: float = Field(gt=0)
+    """Divides this member's logits before the softmax."""
+
+
+class ReviewInfo(StrictModel):
+    """When an answer goes to a person. Fitted on validation scans."""
+
+    min_confidence: float = Field(ge=0, le=1)
+    """Calibrated confidence below which a scan is deferred."""
+    target_accuracy: float
+    """Accuracy on the answered validation scans that `min_confidence` was chosen for."""
+    conformal_level: float
+    """Share of scans whose prediction set holds the true class."""
+    conformal_min_prob: float
+    """Classes with at least this probability are in the prediction set."""
+
+
+class BundleInfo(StrictModel):
+    """Content of `bundle.json`."""
+
+    format_version: int = FORMAT_VERSION
+    bundle_id: str = ""
+    """First 16 digits of the digest of everything else in this file, and so of the whole bundle."""
+    label_space: LabelSpace
+    members: tuple[MemberInfo, ...] = Field(min_length=1)
+    temperature: float = Field(gt=0)
+    """Applied to the logarithm of the averaged probabilities."""
+    review: ReviewInfo
+    metrics: dict[str, Any]
+    """Figures on the validation scans that calibration and review were fitted on."""
+    provenance: dict[str, Any]
+    files: dict[str, str] = Field(default_factory=dict)
+    """Path inside the bundle to SHA-256."""
+
+    def digest(self) -> str:
+        """Return what `bundle_id` must be."""
+        return storage.digest_of(self.model_dump(mode="json", exclude={"bundle_id"}))[:16]
+
+
+class Bundle:
+    """A bundle on disk, verified when opened.
+
+    Raises:
+        BundleError: if a file is missing or differs from its digest, or the format is unknown.
+    """
+
+    def __init__(self, location: str) -> None:
+        self.location = storage.absolute(location)
+        self.info = self._read_info()
+        for path, digest in self.info.files.items():
+            if storage.sha256(self._read(path)) != digest:
+                raise BundleError(
+                    f"{location}: {path} differs from its digest in bundle.json; it was changed "
+                    "or damaged: copy it again, or build it again with bt ensemble"
+                )
+
+    def load_member(self, member: MemberInfo) -> Classifier:
+        """Return one member's classifier in evaluation mode, on the CPU.
+
+        Raises:
+            BundleError: if the weights do not fit the stated architecture.
+        """
+        path = f"members/{member.name}/model.safetensors"
+        classifier = rebuild_classifier(member.model, self.info.label_space.num_classes)
+        try:
+            classifier.load_state_dict(safetensors.torch.load(self._read(path)))
+        except (SafetensorError, RuntimeError) as error:
+            raise BundleError(
+                f"{self.location}: {path} does not fit its config: {error}"
+            ) from error
+        return classifier.eval()
+
+    def training_index(self) -> frozenset[int]:
+        """Return the index keys (see `index_key`) of all scans that were trained on."""
+        keys = safetensors.numpy.load(self._read(INDEX_FILE))["keys"]
+        return frozenset(keys.tolist())
+
+    def _read(self, path: str) -> bytes:
+        try:
+            return storage.read_bytes(storage.join(self.location, path))
+        except FileNotFoundError as error:
+            raise BundleError(
+                f"{self.location}: {path} is missing; copy the whole folder, or build it again "
+                "with bt ensemble"
+            ) from error
+
+    def _read_info(self) -> BundleInfo:
+        where = storage.join(self.location, "bundle.json")
+        if not storage.is_dir(self.location):
+            raise BundleError(f"{self.location} is not a bundle folder; make one with bt ensemble")
+        content = self._read("bundle.json")
+        try:
+            info = parse(BundleInfo, storage.loads_json(content), where)
+        except (ValueError, ConfigError) as error:
+            raise BundleError(f"{where} cannot be understood: {error}") from error
+        if info.format_version != FORMAT_VERSION:
+            raise BundleError(
+                f"{where} has format {info.format_version}; this version reads {FORMAT_VERSION}"
+            )
+        if info.digest() != info.bundle_id:
+            raise BundleError(f"{where} was changed: its content does not give {info.bundle_id}")
+        return info
+
+
+def index_key(pixel_sha256: str) -> int:
+    """Return a pixel digest's first 60 bits, the scan's key in the training index."""
+    return int(pixel_sha256[:15], 16)
+
+
+def write_bundle(
+    location: str,
+    info: BundleInfo,
+    state_dicts: dict[str, dict[str, torch.Tensor]],
+    training_digests: list[str],
+    model_card: str,
+) -> BundleInfo:
+    """Write a bundle beside its place, then move it there.
+
+    Args:
+        location: a free folder name.
+        info: everything but `files` and `bundle_id`, which are filled in.
+        state_dicts: weights by member name.
+        training_digests: pixel digests of all scans that any member was trained on.
+        model_card: Markdown; `{bundle_id}` in it is replaced.
+
+    Returns:
+        The complete info.
+    """
+    keys = np.array(sorted({index_key(d) for d in training_digests}), np.int64)
+    files: dict[str, bytes] = {INDEX_FILE: safetensors.numpy.save({"keys": keys})}
+    for member in info.members:
+        tensors = {k: v.detach().cpu().contiguous() for k, v in state_dicts[member.name].items()}
+        config = member.model_dump(mode="json", include={"model", "preprocess", "golden_digest"})
+        files[f"members/{member.name}/model.safetensors"] = safetensors.torch.save(tensors)
+        files[f"members/{member.name}/config.json"] = storage.dumps_json(config)
+    info = info.model_copy(update={"files": {p: storage.sha256(c) for p, c in files.items()}})
+    info = info.model_copy(update={"bundle_id": info.digest()})
+    files["MODEL_CARD.md"] = model_card.replace("{bundle_id}", info.bundle_id).encode()
+    beside = f"{storage.absolute(location)}.tmp"
+    storage.remove_dir(beside)
+    for path, content in files.items():
+        storage.write_bytes(storage.join(beside, path), content)
+    storage.write_json(storage.join(beside, "bundle.json"), info.model_dump(mode="json"))
+    storage.move_dir(beside, storage.absolute(location))
+    return info

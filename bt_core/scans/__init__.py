@@ -1,0 +1,1 @@
+"""A file becomes pixels: sources, formats, DICOM, preprocessing, synthetic scans."""

@@ -1,0 +1,95 @@
+"""From a decoded scan to the square uint8 pixels that shards store.
+
+The second step, from pixels to a model's input tensor, is `models.inputs`; decoding needs no torch.
+Array names: H height, W width, S output side.
+"""
+
+from typing import Literal
+
+import cv2
+import numpy as np
+from pydantic import Field, PositiveFloat
+
+from bt_core import storage
+from bt_core.config import StrictModel
+
+
+class ClaheSpec(StrictModel):
+    """Contrast-limited adaptive histogram equalisation."""
+
+    clip_limit: float = Field(2.0, gt=0, le=40)
+    grid: int = Field(8, ge=1, le=32)
+    """Tiles per side."""
+
+
+class PreprocessSpec(StrictModel):
+    """What is done to a decoded grey scan; travels with every model."""
+
+    size_px: int = Field(224, ge=32, le=1024)
+    """Side of the square output."""
+    crop_to_head: bool = False
+    """Crop to the bounding box of the largest bright region before resizing."""
+    fit: Literal["stretch", "pad"] = "stretch"
+    """Stretch to the square, or keep the aspect ratio and pad with black."""
+    clahe: ClaheSpec | None = None
+    mean: tuple[float, float, float] | None = None
+    """Per channel, subtracted after scaling to [0, 1]; None means the backbone's own."""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    """Per channel, divided by after `mean`; None means the backbone's own."""
+
+    @property
+    def pixel_digest(self) -> str:
+        """Digest of the fields that decide the uint8 pixels, and so which shards can be shared."""
+        return storage.digest_of(self.model_dump(exclude={"mean", "std"}))
+
+    @property
+    def digest(self) -> str:
+        """Digest of the whole spec."""
+        return storage.digest_of(self.model_dump())
+
+
+def preprocess_pixels(image_HW: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
+    """Return image_SS uint8: crop, CLAHE, resize (area to shrink, linear to enlarge)."""
+    if spec.crop_to_head:
+        image_HW = crop_to_head(image_HW)
+    if spec.clahe is not None:
+        grid = (spec.clahe.grid, spec.clahe.grid)
+        image_HW = cv2.createCLAHE(spec.clahe.clip_limit, grid).apply(image_HW)
+    if spec.fit == "pad":
+        image_HW = _pad_to_square(image_HW)
+    shrinking = min(image_HW.shape) > spec.size_px
+    method = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
+    size = (spec.size_px, spec.size_px)
+    image_SS: np.ndarray = cv2.resize(image_HW, size, interpolation=method)
+    return image_SS
+
+
+def crop_to_head(image_HW: np.ndarray) -> np.ndarray:
+    """Return the bounding box of the largest region above Otsu's threshold, as a view.
+
+    The image is returned whole if that region covers less than a tenth of it: then no head was
+    found.
+    """
+    smooth = cv2.GaussianBlur(image_HW, (5, 5), 0)
+    _, mask = cv2.threshold(smooth, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    if not contours:
+        return image_HW
+    x, y, width, height = cv2.boundingRect(max(contours, key=cv2.contourArea))
+    if width * height < 0.1 * image_HW.size:
+        return image_HW
+    return image_HW[y : y + height, x : x + width]
+
+
+def _pad_to_square(image_HW: np.ndarray) -> np.ndarray:
+    height, width = image_HW.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    return np.pad(image_HW, ((top, side - height - top), (left, side - width - left)))
+
+
+def golden_image() -> np.ndarray:
+    """Return a fixed 160x144 uint8 image of integer arithmetic only: a textured disc on black."""
+    y, x = np.mgrid[0:160, 0:144]
+    disc = (x - 72) ** 2 + (y - 80) ** 2 < 64**2
+    return np.where(disc, (x * 7 + y * 13 + x * y // 11) % 256, 0).astype(np.uint8)

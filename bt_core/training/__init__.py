@@ -1,0 +1,1 @@
+"""Training: recipe, augmentation, engine (plain torch), worker and launch (Ray Train)."""

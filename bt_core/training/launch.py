@@ -1,0 +1,231 @@
+"""Starts Ray Train on a prepared dataset and turns its best checkpoint into a run folder."""
+
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Final
+
+import pyarrow as pa
+import ray.train
+import safetensors.torch
+import torch
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from bt_core import storage
+from bt_core.data.catalog import Dataset
+from bt_core.data.pipeline import ensure_view, read_view
+from bt_core.errors import DatasetError, RunError, UsageError
+from bt_core.log import logger
+from bt_core.models.classifier import build_classifier
+from bt_core.models.inputs import Preprocessor
+from bt_core.models.run import HISTORY_FILE, Run, RunInfo, read_history
+from bt_core.training.engine import SCORE, progress_line
+from bt_core.training.recipe import Recipe
+from bt_core.training.worker import PREDICTIONS_FILE, STATE_FILE, train_loop
+
+MAX_FAILURES: Final = 3
+"""Lost workers that a run survives; the default of Ray is none."""
+_PACKAGES: Final = ("ray", "torch", "torchvision", "timm", "numpy", "opencv-python-headless")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Where a run trains: number of workers, `cuda` or `cpu`, and logical CPUs of each worker."""
+
+    num_workers: int
+    device: str
+    cpus_per_worker: float
+
+
+def plan_scaling(num_workers: int | None, device: str, num_cpus: float, num_gpus: float) -> Scaling:
+    """Fit the workers into the cluster; Ray Data keeps one whole CPU, or both would hang.
+
+    Args:
+        num_workers: None takes one per GPU, or one on CPUs.
+        device: `cuda` or `cpu`.
+        num_cpus: logical CPUs of the cluster.
+        num_gpus: GPUs of the cluster.
+
+    Raises:
+        UsageError: if more workers are asked for than the cluster holds.
+    """
+    limit = num_gpus if device == "cuda" else num_cpus
+    workers = num_workers or (int(num_gpus) if device == "cuda" else 1)
+    if workers > limit:
+        unit = "GPUs" if device == "cuda" else "CPUs"
+        raise UsageError(f"--num-workers {workers}: the cluster has {limit:g} {unit}")
+    spare = max(num_cpus - 1.0, num_cpus / 2)
+    return Scaling(workers, device, round(min(spare / workers, 4.0), 3))
+
+
+def train(recipe: Recipe, dataset: Dataset, location: str, scaling: Scaling) -> Run:
+    """Train one classifier, or go on with a run that was stopped.
+
+    Args:
+        recipe: the settings.
+        dataset: prepared scans; the view that the recipe needs is written if it is not there.
+        location: the run folder. Shared storage when the cluster has several nodes.
+        scaling: workers and device.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UsageError: if the folder holds a finished run, or an unfinished one with other settings.
+        DatasetError: if the dataset's label space is not the recipe's task.
+        RunError: if the workers failed more than `MAX_FAILURES` times.
+    """
+    location = storage.absolute(location)
+    _claim(location, recipe, dataset)
+    view = ensure_view(dataset, recipe.preprocess)
+    counts = dataset.info.counts["train"]
+    started = time.perf_counter()
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "history": storage.join(location, HISTORY_FILE),
+            "num_classes": dataset.info.label_space.num_classes,
+            "class_counts": [counts[name] for name in dataset.info.label_space.names],
+        },
+        datasets={split: read_view(view, split) for split in ("train", "validation")},
+        dataset_config=DataConfig(datasets_to_split=["train"]),
+        scaling_config=ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=scaling.device == "cuda",
+            resources_per_worker={"CPU": scaling.cpus_per_worker}
+            | ({"GPU": 1} if scaling.device == "cuda" else {}),
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=location,
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
+        ),
+    )
+    try:
+        with _progress_shown(location, recipe.train.epochs):
+            result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RunError(f"training failed: {_root_cause(error)}") from error
+    checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: float(pair[1][SCORE]))
+    seconds = time.perf_counter() - started
+    return _finish(location, recipe, dataset, scaling, (checkpoint, metrics), seconds)
+
+
+def check_settings(recipe: Recipe, dataset: Dataset) -> None:
+    """Raise before any work starts if a run could not even begin.
+
+    Raises:
+        DatasetError: if the label spaces differ.
+        ConfigError: if the backbone does not exist.
+        WeightsError: if the initial weights cannot be had.
+    """
+    if dataset.info.label_space.task != recipe.task:
+        raise DatasetError(
+            f"{dataset.location} is a {dataset.info.label_space.task} dataset, the recipe's is "
+            f"{recipe.task}; pass --set task={dataset.info.label_space.task}, or prepare again"
+        )
+    build_classifier(recipe.model, recipe.preprocess, dataset.info.label_space.num_classes)
+
+
+def _claim(location: str, recipe: Recipe, dataset: Dataset) -> None:
+    """Mark a folder as this run's, or go on in it if it was started with equal settings."""
+    if storage.exists(storage.join(location, "run.json")):
+        raise UsageError(f"{location} holds a finished run; choose another -o or pass --overwrite")
+    marker = storage.join(location, "started.json")
+    claim = {"recipe_digest": recipe.digest, "dataset_digest": dataset.info.digest}
+    if not storage.exists(marker):
+        storage.write_json(marker, claim)
+    elif storage.read_json(marker) != claim:
+        raise UsageError(
+            f"{location} holds an unfinished run with other settings or data; finish it with "
+            "those, choose another -o, or pass --overwrite"
+        )
+
+
+@contextmanager
+def _progress_shown(location: str, epochs: int) -> Iterator[None]:
+    """Log one line per epoch while the block runs, as rank 0 adds it to the run's history."""
+    ended = threading.Event()
+    shown = max((figures["epoch"] for figures in read_history(location)), default=0)
+    if shown:
+        logger.info("going on after epoch %d/%d", shown, epochs)
+
+    def follow() -> None:
+        last, over = shown, False
+        while not over:
+            over = ended.wait(1.0)
+            for figures in read_history(location):
+                if figures["epoch"] > last:
+                    logger.info(progress_line(figures, epochs))
+                    last = figures["epoch"]
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+
+
+def _finish(
+    location: str,
+    recipe: Recipe,
+    dataset: Dataset,
+    scaling: Scaling,
+    best: tuple[Any, dict[str, Any]],
+    seconds: float,
+) -> Run:
+    checkpoint, metrics = best
+    space = dataset.info.label_space
+    model, model_spec, preprocess = build_classifier(
+        recipe.model, recipe.preprocess, space.num_classes
+    )
+    with checkpoint.as_directory() as folder:
+        state = torch.load(os.path.join(folder, STATE_FILE), weights_only=True, map_location="cpu")
+        validation = storage.read_table(os.path.join(folder, PREDICTIONS_FILE))
+    model.load_state_dict(state["model"])
+    info = RunInfo(
+        name=os.path.basename(location),
+        recipe=recipe.model_dump(mode="json"),
+        recipe_digest=recipe.digest,
+        label_space=space,
+        model=model_spec,
+        preprocess=preprocess,
+        golden_digest=Preprocessor(preprocess).golden_digest,
+        dataset=dataset.location,
+        dataset_digest=dataset.info.digest,
+        best_epoch=int(metrics["epoch"]),
+        metrics={k: float(v) for k, v in metrics.items() if k.startswith("val_")},
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_workers=scaling.num_workers,
+        device=scaling.device,
+        seconds=round(seconds, 1),
+        environment={"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},
+    )
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+    digests = pa.table({"pixel_sha256": dataset.split("train")["pixel_sha256"].unique()})
+    storage.write_json(storage.join(location, "recipe.json"), info.recipe)
+    storage.write_table(storage.join(location, "validation.parquet"), validation)
+    storage.write_table(storage.join(location, "training_scans.parquet"), digests)
+    storage.write_bytes(
+        storage.join(location, "model.safetensors"), safetensors.torch.save(tensors)
+    )
+    storage.write_json(storage.join(location, "run.json"), info.model_dump(mode="json"))
+    return Run(location)
+
+
+def _root_cause(error: BaseException) -> str:
+    """Return the first line of the innermost error that a worker raised."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else error
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(inner).__name__

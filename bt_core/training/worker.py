@@ -1,0 +1,148 @@
+"""One Ray Train worker: gives the engine its shards, its peers and its checkpoints."""
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from ray.train import Checkpoint
+from torch import nn
+
+from bt_core import storage
+from bt_core.config import parse
+from bt_core.models.classifier import Classifier, build_classifier
+from bt_core.models.inputs import Preprocessor
+from bt_core.training.engine import Batch, Predictions, fit, worker_batch_size
+from bt_core.training.recipe import Recipe
+
+STATE_FILE, PREDICTIONS_FILE = "state.pt", "validation.parquet"
+_SHUFFLE_ROWS = 4096
+
+
+class RayContext:
+    """`TrainContext` inside a Ray Train worker.
+
+    Args:
+        history: file that rank 0 writes the figures of all epochs to, as JSON lines.
+        num_scans: number of training scans.
+        batch_size: scans per step over all workers.
+        seed: of the order of the scans.
+    """
+
+    def __init__(self, history: str, num_scans: int, batch_size: int, seed: int) -> None:
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self._batch_size = worker_batch_size(num_scans, batch_size, self.world_size)
+        self._seed = seed
+        self._history = history
+
+    def train_batches(self, epoch: int) -> Iterator[Batch]:
+        """Stream this worker's shard; a buffer shuffles rows that are stored in random order."""
+        shard = ray.train.get_dataset_shard("train")
+        for batch in shard.iter_batches(
+            batch_size=self._batch_size,
+            batch_format="numpy",
+            drop_last=True,
+            prefetch_batches=4,
+            local_shuffle_buffer_size=_SHUFFLE_ROWS,
+            local_shuffle_seed=self._seed * 1_009 + epoch,
+        ):
+            yield Batch(scan_id=batch["scan_id"], pixels=batch["pixels"], label=batch["label"])
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """Stream all validation rows and keep those whose id falls to this worker."""
+        shard = ray.train.get_dataset_shard("validation")
+        for batch in shard.iter_batches(batch_size=64, batch_format="numpy"):
+            mine = np.array([_owner(i, self.world_size) == self.rank for i in batch["scan_id"]])
+            if mine.any():
+                yield Batch(
+                    scan_id=batch["scan_id"][mine],
+                    pixels=batch["pixels"][mine],
+                    label=batch["label"][mine],
+                )
+
+    def wrap(self, model: Classifier) -> nn.Module:
+        """Move the model to the device and, with several workers, into DDP."""
+        wrapped: nn.Module = ray.train.torch.prepare_model(model)
+        return wrapped
+
+    def gather(self, own: Predictions) -> Predictions:
+        """Collect every worker's predictions."""
+        if self.world_size == 1:
+            return own
+        parts: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(parts, own)
+        everyone = Predictions()
+        for part in parts:
+            everyone.scan_id += part.scan_id
+            everyone.label += part.label
+            everyone.logits += part.logits
+        return everyone
+
+    def restore(self) -> dict[str, Any] | None:
+        """Load the last checkpoint that Ray Train has committed."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as folder:
+            state: dict[str, Any] = torch.load(
+                os.path.join(folder, STATE_FILE), weights_only=True, map_location=self.device
+            )
+        return state
+
+    def report(
+        self, metrics: dict[str, Any], state: dict[str, Any], predictions: Predictions
+    ) -> None:
+        """Report to Ray Train; rank 0 adds the checkpoint."""
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self.rank == 0:
+                torch.save(state, os.path.join(folder, STATE_FILE))
+                pq.write_table(pa.table(vars(predictions)), os.path.join(folder, PREDICTIONS_FILE))
+                checkpoint = Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=checkpoint)
+        if self.rank == 0:
+            lines = "".join(json.dumps(figures) + "\n" for figures in state["history"])
+            storage.write_bytes(self._history, lines.encode())
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """Run on every worker.
+
+    Args:
+        config: `recipe` (JSON form), `history` (file), `num_classes`, `class_counts`.
+    """
+    context = ray.train.get_context()
+    if not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+    recipe = parse(Recipe, config["recipe"], "recipe")
+    torch.manual_seed(recipe.train.seed)
+    model, _, preprocess = build_classifier(recipe.model, recipe.preprocess, config["num_classes"])
+    fit(
+        RayContext(
+            config["history"],
+            sum(config["class_counts"]),
+            recipe.train.batch_size,
+            recipe.train.seed,
+        ),
+        model,
+        recipe,
+        Preprocessor(preprocess),
+        config["class_counts"],
+    )
+
+
+def _owner(scan_id: str, world_size: int) -> int:
+    return zlib.crc32(scan_id.encode()) % world_size

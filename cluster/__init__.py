@@ -1,0 +1,1 @@
+"""Where it runs: the Ray session, job submission, cluster files."""

@@ -1,0 +1,102 @@
+"""The one place that starts or joins Ray."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from bt_core.errors import UsageError
+from bt_core.log import logger
+
+_TOKEN_FILE = Path("~/.ray/auth_token")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster has in all: logical CPUs, GPUs, and nodes that are alive."""
+
+    num_cpus: float
+    num_gpus: float
+    num_nodes: int
+
+    def scorers(self, device: str) -> tuple[int, float, float]:
+        """Return number of scoring actors, CPUs and GPUs of each.
+
+        On CPUs, actors hold half of the logical CPUs, so that decoding always finds one; each uses
+        one thread, so actors and threads never exceed the cores.
+        """
+        if device == "cuda":
+            return int(self.num_gpus), min(1.0, self.num_cpus / (4 * self.num_gpus)), 1.0
+        actors = max(1, int(self.num_cpus))
+        return actors, round(self.num_cpus / (2 * actors), 3), 0.0
+
+
+@contextmanager
+def session(num_cpus: int | None = None) -> Iterator[Resources]:
+    """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), or start Ray on this machine.
+
+    A Ray that was running in this process already is used and left running. Ray itself protects a
+    local cluster with a token (unless `RAY_AUTH_MODE=disabled` is exported); the token file is
+    closed to others.
+
+    Args:
+        num_cpus: logical CPUs of a local Ray; None takes all cores.
+
+    Raises:
+        UsageError: if the cluster cannot be reached.
+    """
+    started = not ray.is_initialized()
+    if started:
+        _init(num_cpus)
+    try:
+        resources = ray.cluster_resources()
+        found = Resources(
+            num_cpus=float(resources.get("CPU", 0)),
+            num_gpus=float(resources.get("GPU", 0)),
+            num_nodes=sum(bool(node["Alive"]) for node in ray.nodes()),
+        )
+        logger.info(
+            "Ray: %d node(s), %g CPUs, %g GPUs", found.num_nodes, found.num_cpus, found.num_gpus
+        )
+        yield found
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def choose_device(device: str, resources: Resources) -> str:
+    """Resolve `auto` to what is there, and check that what is asked for is there.
+
+    Raises:
+        UsageError: if a GPU is asked for and the cluster has none.
+    """
+    if device == "auto":
+        return "cuda" if resources.num_gpus >= 1 else "cpu"
+    if device == "cuda" and resources.num_gpus < 1:
+        raise UsageError("--device cuda needs 1 GPU; the cluster has 0: use --device cpu")
+    return device
+
+
+def _init(num_cpus: int | None) -> None:
+    address = os.environ.get("RAY_ADDRESS")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    try:
+        if address:
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+            return
+        cores = num_cpus or len(os.sched_getaffinity(0))
+        ray.init(
+            address="local", num_cpus=cores, logging_level=logging.WARNING, log_to_driver=False
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise UsageError(
+            f"cannot reach Ray at {address or 'this machine'}: {error}; check RAY_ADDRESS and, "
+            "for a cluster that needs a token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from error
+    token = _TOKEN_FILE.expanduser()
+    if token.exists():
+        token.chmod(0o600)

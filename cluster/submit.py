@@ -1,0 +1,92 @@
+"""Runs a command of this project as a job on a Ray cluster, as `ray job submit` would."""
+
+import asyncio
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from bt_core.errors import EXIT_FAILED, EXIT_OK, UsageError
+from bt_core.log import logger
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+EXCLUDES: Final = ["/.git", "/.venv", "/runs", "/tests", "**/__pycache__", "/.*_cache", "*.zip"]
+"""Never uploaded: data, results, history."""
+
+
+def submit(address: str, module: str, arguments: list[str]) -> int:
+    """Submit `python -m MODULE ARGUMENTS`, stream its log, and return its exit code.
+
+    Ctrl-C asks whether to stop the job; without a terminal it goes on.
+
+    Args:
+        address: of the cluster's dashboard, `http://HOST:8265`.
+        module: such as `jobs.train`.
+        arguments: its words; paths must be visible on the cluster.
+
+    Raises:
+        UsageError: if the cluster cannot be reached or refuses the token.
+    """
+    client = _client(address)
+    entrypoint = shlex.join(["python", "-m", module, *arguments])
+    job = client.submit_job(entrypoint=entrypoint, runtime_env=_runtime_env())
+    logger.info("job %s: %s", job, entrypoint)
+    try:
+        asyncio.run(_stream(client, job))
+    except KeyboardInterrupt:
+        if not _wants_stop(job):
+            logger.info("job %s goes on; follow it with: ray job logs %s --follow", job, job)
+            return EXIT_FAILED
+        client.stop_job(job)
+        logger.info("job %s stopped", job)
+        return EXIT_FAILED
+    details = client.get_job_info(job)
+    if details.driver_exit_code is not None:
+        return int(details.driver_exit_code)
+    if details.status == "SUCCEEDED":
+        return EXIT_OK
+    logger.error("job %s: %s: %s", job, details.status, details.message)
+    return EXIT_FAILED
+
+
+def _client(address: str) -> "JobSubmissionClient":
+    if not address.startswith(("http://", "https://")):
+        raise UsageError(f"--submit {address}: write it as http://HOST:8265")
+    # Ray reads the mode when it is imported, and clients do not look for a token by themselves.
+    token = Path("~/.ray/auth_token").expanduser()
+    has_token = token.exists() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"--submit {address}: {first}; check the address and the token (RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH)"
+        ) from error
+
+
+def _runtime_env() -> dict[str, object]:
+    """Upload the checkout that this runs from; an installed package must be there already."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "pyproject.toml").is_file():
+        return {}
+    return {"working_dir": str(root), "excludes": EXCLUDES}
+
+
+async def _stream(client: "JobSubmissionClient", job: str) -> None:
+    async for text in client.tail_job_logs(job):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _wants_stop(job: str) -> bool:
+    if not sys.stdin.isatty():
+        return False
+    return input(f"\nstop job {job} on the cluster too? [y/N] ").strip().lower() in ("y", "yes")

@@ -1,0 +1,1 @@
+"""What is run: one thin module for each command, and the recipes."""

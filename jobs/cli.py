@@ -1,0 +1,43 @@
+"""The `bt` command: one subcommand per job module. Heavy imports wait until a job runs."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from jobs import bench, demo, ensemble, evaluate, phantom, prepare, score, serve, train
+from jobs.command import command
+
+app = typer.Typer(
+    name="bt",
+    help="Train, evaluate and serve classifiers of brain-MRI scans on Ray. Not a medical device.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+bench_app = typer.Typer(help="Measure against plain PyTorch, both sides in one run.")
+
+for _name, _module in {
+    "demo": demo,
+    "phantom": phantom,
+    "prepare": prepare,
+    "train": train,
+    "ensemble": ensemble,
+    "evaluate": evaluate,
+    "score": score,
+    "serve": serve,
+}.items():
+    app.command(_name)(command(_name, _module.run))
+bench_app.command("train")(command("bench train", bench.run_train))
+bench_app.command("score")(command("bench score", bench.run_score))
+app.add_typer(bench_app, name="bench", no_args_is_help=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `bt` with the given words, or those of this process."""
+    app(args=list(argv) if argv is not None else None)
+
+
+def main_of(name: str) -> None:
+    """Run one command as `python -m jobs.NAME` does; it is `bt NAME`."""
+    main([name, *sys.argv[1:]])

@@ -1,0 +1,133 @@
+"""What every command shares: one-line errors, exit codes, --debug and --submit."""
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+
+import typer
+
+from bt_core import log, storage
+from bt_core.errors import EXIT_FAILED, BtError
+
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="Folder, zip archive or single scan; path or URI.")
+]
+BundleArgument = Annotated[
+    str, typer.Argument(metavar="BUNDLE", help="Bundle folder that bt ensemble wrote; path or URI.")
+]
+DataOption = Annotated[
+    str, typer.Option("--data", metavar="DIR", help="Dataset folder that bt prepare wrote.")
+]
+OutOption = Annotated[
+    str, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to; path or URI.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what an earlier run left in the output folder.")
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto takes GPUs if there are any.")
+]
+
+_LOCATIONS: Final = frozenset({"source", "bundle", "out", "data", "runs"})
+"""Parameters that hold paths, made absolute for a submitted job, whose folder is another."""
+
+_SUBMIT = Annotated[
+    str | None,
+    typer.Option(
+        "--submit",
+        metavar="http://HOST:8265",
+        help="Run this command as a job on that Ray cluster; paths must be visible there.",
+    ),
+]
+_DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks and all log lines.")]
+
+
+def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
+    """Turn a job's `run` function into a command line function.
+
+    A foreseen error becomes one line on standard error and its exit code; anything else becomes
+    exit code 1, with the traceback only if `--debug` is given.
+
+    Args:
+        name: the command's name, as in `bt NAME` and `python -m jobs.NAME`.
+        run: the job, returning its exit code.
+    """
+
+    @functools.wraps(run)
+    def wrapped(*, submit: str | None = None, debug: bool = False, **arguments: Any) -> None:
+        log.configure(logging.DEBUG if debug else logging.INFO)
+        try:
+            code = run(**arguments) if submit is None else _submit(submit, name, arguments)
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt:
+            _say("interrupted; what is finished stays, and the same command goes on from there")
+            code = EXIT_FAILED
+        except BtError as error:
+            if debug:
+                raise
+            _say(f"error: {error}")
+            code = error.exit_code
+        except Exception as error:
+            if debug:
+                raise
+            _say(f"error: {_first_line(error)} (--debug shows where)")
+            code = EXIT_FAILED
+        raise typer.Exit(code)
+
+    signature = inspect.signature(run)
+    extra = [
+        inspect.Parameter(
+            "submit", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_SUBMIT
+        ),
+        inspect.Parameter(
+            "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_DEBUG
+        ),
+    ]
+    wrapped.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *extra], return_annotation=None
+    )
+    wrapped.__annotations__ = {**run.__annotations__, "submit": _SUBMIT, "debug": _DEBUG}
+    return wrapped
+
+
+def _submit(address: str, name: str, arguments: dict[str, Any]) -> int:
+    from cluster.submit import submit
+
+    return submit(address, f"jobs.{name.split()[0]}", _job_arguments(name, sys.argv[1:], arguments))
+
+
+def _job_arguments(name: str, argv: list[str], arguments: dict[str, Any]) -> list[str]:
+    """Return the words after the command, without --submit, with local paths made absolute."""
+    given = [arguments[key] for key in _LOCATIONS & arguments.keys()]
+    paths = {p for v in given for p in (v if isinstance(v, list) else [v]) if isinstance(p, str)}
+    words = argv[1:] if argv and argv[0] == name.split()[0] else argv
+    result: list[str] = []
+    skip = False
+    for word in words:
+        if skip or word.startswith("--submit="):
+            skip = False
+            continue
+        if word == "--submit":
+            skip = True
+            continue
+        option, equals, value = word.partition("=")
+        if word in paths:
+            result.append(storage.absolute(word))
+        elif equals and option.startswith("--") and value in paths:
+            result.append(f"{option}={storage.absolute(value)}")
+        else:
+            result.append(word)
+    return result
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

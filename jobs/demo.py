@@ -1,0 +1,120 @@
+"""`bt demo`: the whole chain on one archive, in one Ray session."""
+
+import socket
+from typing import Annotated
+
+import typer
+
+from bt_core import storage
+from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
+from jobs import ensemble, evaluate, prepare, score, train
+
+_PHANTOMS_PER_CLASS = 150
+_SCRATCH_SETTINGS = ["train.epochs=8", "train.learning_rate=0.003"]
+"""MobileNetV2 without initial weights, on a few hundred synthetic scans."""
+
+
+def run(
+    data: Annotated[
+        str, typer.Option(metavar="SOURCE", help="Labelled archive. [default: synthetic scans]")
+    ] = "",
+    weights: Annotated[
+        str, typer.Option(help="Of MobileNetV2: hub, local-dir:PATH or none.")
+    ] = "none",
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for all results.")] = "runs/demo",
+) -> int:
+    """Run the whole chain: prepare, train two, ensemble, evaluate, score, serve one scan."""
+    from cluster.session import session
+
+    out = storage.absolute(out)
+    _clear(out)
+    source = storage.absolute(data) if data else _phantoms(out, "archive.zip", _PHANTOMS_PER_CLASS)
+    unlabelled = source if data else _phantoms(out, "unlabelled.zip", 25, seed=1, labelled=False)
+    dataset, bundle = storage.join(out, "data"), storage.join(out, "bundle")
+    runs = [storage.join(out, "runs", name) for name in ("cnn_small", "mobilenetv2")]
+    mobilenet = [f"model.weights={weights}"] + (_SCRATCH_SETTINGS if weights == "none" else [])
+    with session():
+        _say("1/6", f"prepare {source}")
+        codes = [prepare.run(source, dataset, ["cnn_small", "mobilenetv2"])]
+        _say("2/6", "train cnn_small from scratch")
+        train.run("cnn_small", dataset, runs[0])
+        _say("3/6", f"train mobilenetv2 with weights {weights}")
+        train.run("mobilenetv2", dataset, runs[1], mobilenet)
+        _say("4/6", "ensemble and evaluate")
+        ensemble.run(runs, bundle)
+        codes.append(evaluate.run(bundle, dataset, storage.join(out, "report")))
+        _say("5/6", f"score {unlabelled}")
+        codes.append(score.run(bundle, unlabelled, storage.join(out, "scores")))
+        _say("6/6", "serve the bundle and send it one scan")
+        _serve_one(bundle, unlabelled)
+    _summary(out)
+    return EXIT_INCOMPLETE if EXIT_INCOMPLETE in codes else EXIT_OK
+
+
+def _clear(out: str) -> None:
+    """Remove an earlier demo's results; refuse a folder that holds something else."""
+    marker = storage.join(out, ".bt-demo")
+    if not storage.exists(marker) and (storage.list_dirs(out) or storage.list_files(out)):
+        raise UsageError(f"{out} is not empty and not an earlier demo's; choose another folder")
+    storage.remove_dir(out)
+    storage.write_bytes(marker, b"results of bt demo; removed by the next one\n")
+
+
+def _phantoms(out: str, name: str, num_per_class: int, seed: int = 0, labelled: bool = True) -> str:
+    from bt_core.scans.phantom import write_archive
+
+    path = storage.join(out, name)
+    write_archive(path, num_per_class, seed, labelled=labelled)
+    return path
+
+
+def _serve_one(bundle: str, source: str) -> None:
+    import requests
+    from ray import serve
+
+    from bt_core.scans.archives import list_scans, read_member
+    from serve.app import ServeSettings, start
+
+    ref = list_scans(source).refs[0]
+    try:
+        url = start(ServeSettings(bundle=bundle), _free_port())
+        answer = requests.post(
+            f"{url}/v1/predictions", files={"files": (ref.member, read_member(ref))}, timeout=60
+        )
+        answer.raise_for_status()
+        result = answer.json()["results"][0]
+        print(f"POST /v1/predictions: {result['predicted_label']} ({result['confidence']:.3f})")
+    finally:
+        serve.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _summary(out: str) -> None:
+    produced = {
+        "data": "catalog, split and shards",
+        "runs": "two trained classifiers with curves.png",
+        "bundle": "the ensemble, with MODEL_CARD.md",
+        "report": "report.html, metrics.json",
+        "scores": "one Parquet row per scan, summary.json",
+    }
+    print("\nproduced:")
+    for name, what in produced.items():
+        print(f"  {storage.join(out, name)}: {what}")
+    print(
+        f"next: .venv/bin/bt serve {storage.join(out, 'bundle')}   then open http://127.0.0.1:8000/docs"
+    )
+
+
+def _say(step: str, text: str) -> None:
+    print(f"\n[{step}] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("demo")

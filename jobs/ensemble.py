@@ -1,0 +1,52 @@
+"""`bt ensemble`: finished runs become a calibrated bundle."""
+
+from typing import Annotated
+
+import typer
+
+from bt_core import storage
+from bt_core.errors import EXIT_OK, UsageError
+from jobs.command import OutOption, OverwriteOption
+
+
+def run(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    out: OutOption,
+    overwrite: OverwriteOption = False,
+) -> int:
+    """Put runs into one bundle: equal weights, temperatures fitted on the validation scans."""
+    from bt_core.ensemble.build import assemble
+    from bt_core.evaluation.model_card import model_card
+    from bt_core.models.bundle import write_bundle
+    from bt_core.models.run import Run
+
+    out = storage.absolute(out)
+    loaded = [Run(location) for location in runs]
+    info = assemble(loaded)
+    if storage.exists(out):
+        if not overwrite:
+            raise UsageError(f"{out} exists; choose another -o, or pass --overwrite")
+        if not storage.exists(storage.join(out, "bundle.json")):
+            raise UsageError(f"{out} is not a bundle, so it is not overwritten; choose another -o")
+        storage.remove_dir(out)
+    info = write_bundle(
+        out,
+        info,
+        {run.info.name: run.state_dict() for run in loaded},
+        [digest for run in loaded for digest in run.training_digests()],
+        model_card(info),
+    )
+    metrics = info.metrics
+    print(
+        f"bundle {info.bundle_id}: {len(info.members)} members, validation accuracy "
+        f"{metrics['accuracy']:.4f}, log loss {metrics['log_loss']:.4f}; below a confidence of "
+        f"{info.review.min_confidence:.3f} scans are deferred ({1 - metrics['answered']:.1%})"
+    )
+    print(f"bundle in {out}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("ensemble")

@@ -1,0 +1,55 @@
+"""`bt evaluate`: a bundle on a dataset's test scans becomes figures and a report."""
+
+from bt_core import storage
+from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
+from jobs.command import BundleArgument, DataOption, DeviceOption, OutOption, OverwriteOption
+from jobs.score import score_refs
+
+
+def run(
+    bundle: BundleArgument,
+    data: DataOption,
+    out: OutOption = "report",
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+) -> int:
+    """Score the test scans; write report.html and metrics.json."""
+    from bt_core.data.catalog import Dataset
+    from bt_core.data.decode_stage import REF_COLUMNS
+    from bt_core.evaluation.report import evaluate, write_report
+    from bt_core.models.bundle import Bundle
+
+    opened = Bundle(bundle)
+    dataset = Dataset(data)
+    names = opened.info.label_space.names
+    if dataset.info.label_space != opened.info.label_space:
+        raise UsageError(
+            f"the bundle knows {', '.join(names)}; the dataset holds "
+            f"{', '.join(dataset.info.label_space.names)}"
+        )
+    out = storage.absolute(out)
+    if storage.exists(storage.join(out, "metrics.json")) and not overwrite:
+        raise UsageError(f"{out} holds a report; choose another -o, or pass --overwrite")
+    storage.remove_dir(storage.join(out, "scores"))
+    test = dataset.split("test")
+    predictions = score_refs(opened, test.select(list(REF_COLUMNS)), out, device)
+    figures = evaluate(predictions, test, names)
+    write_report(out, figures, opened.info, dataset.info)
+    clean = figures["clean"]
+    print(
+        f"{clean['num_scans']} test scans not trained on: accuracy {clean['accuracy']:.4f}, "
+        f"macro F1 {clean['macro']['f1']:.4f}, log loss {clean['log_loss']:.4f}"
+    )
+    for name, row in clean["per_class"].items():
+        print(
+            f"  {name:<11} precision {row['precision']:.3f}  recall {row['recall']:.3f}  "
+            f"F1 {row['f1']:.3f}  n {row['support']}"
+        )
+    print(f"report in {storage.join(out, 'report.html')}")
+    return EXIT_OK if figures["all"]["num_scans"] == test.num_rows else EXIT_INCOMPLETE
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("evaluate")

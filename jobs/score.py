@@ -1,0 +1,112 @@
+"""`bt score`: an archive of scans becomes Parquet rows, one for each scan."""
+
+import uuid
+from collections import Counter
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from bt_core import storage
+from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
+from jobs.command import BundleArgument, DeviceOption, OutOption, OverwriteOption, SourceArgument
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from bt_core.models.bundle import Bundle
+
+
+def run(
+    bundle: BundleArgument,
+    source: SourceArgument,
+    out: OutOption,
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+) -> int:
+    """Score every scan of an archive; exit code 3 says that some could not be scored."""
+    import pyarrow as pa
+
+    from bt_core.data.catalog import ref_columns
+    from bt_core.models.bundle import Bundle
+    from bt_core.scans.archives import list_scans
+
+    opened = Bundle(bundle)
+    listing = list_scans(source)
+    out = storage.absolute(out)
+    _clear(out, overwrite)
+    started = datetime.now(UTC)
+    scores = score_refs(opened, pa.table(ref_columns(listing.refs)), out, device)
+    counts = _counts(scores)
+    seconds = (datetime.now(UTC) - started).total_seconds()
+    storage.write_json(
+        storage.join(out, "summary.json"),
+        {
+            "n_in": len(listing.refs),
+            **counts,
+            "reasons": dict(Counter(r for r in scores["reason"].to_pylist() if r)),
+            "skipped_files": listing.skipped,
+            "bundle_id": opened.info.bundle_id,
+            "source": storage.absolute(source),
+            "started_at": started.isoformat(timespec="seconds"),
+            "seconds": round(seconds, 2),
+            "scans_per_second": round(len(listing.refs) / seconds, 1),
+        },
+    )
+    print(
+        f"{len(listing.refs)} scans = "
+        + " + ".join(f"{count} {status}" for status, count in counts.items())
+        + f"  ({len(listing.refs) / seconds:.0f} scans/s)"
+    )
+    print(f"scores in {out}")
+    return EXIT_INCOMPLETE if counts["rejected"] + counts["failed"] else EXIT_OK
+
+
+def score_refs(bundle: "Bundle", refs: "pa.Table", out: str, device: str) -> "pa.Table":
+    """Score listed scans into the folder `scores` below `out`, all rows or none, and return them.
+
+    Raises:
+        RuntimeError: if the rows are not those of the refs, which would be a defect of this
+            program.
+    """
+    from bt_core.data import pipeline
+    from bt_core.ensemble.scorer import Scorer
+    from bt_core.inference.predictor import distinct_specs
+    from cluster.session import choose_device, session
+
+    specs, _ = distinct_specs([member.preprocess for member in bundle.info.members])
+    beside = storage.join(out, f"scores.{uuid.uuid4().hex[:8]}.tmp")
+    with session() as resources:
+        chosen = choose_device(device, resources)
+        num_actors, cpus, gpus = resources.scorers(chosen)
+        args = (bundle.location, chosen, 1)
+        pipeline.score(refs, specs, Scorer, args, beside, num_actors, cpus, gpus)
+    scores = storage.read_table(beside)
+    if Counter(scores["scan_id"].to_pylist()) != Counter(refs["scan_id"].to_pylist()):
+        raise RuntimeError(f"{refs.num_rows} scans went in, {scores.num_rows} rows came out")
+    storage.move_dir(beside, storage.join(out, "scores"))
+    return scores
+
+
+def _counts(scores: "pa.Table") -> dict[str, int]:
+    from bt_core.ensemble.scorer import STATUSES
+
+    found: dict[str, Any] = Counter(scores["status"].to_pylist())
+    return {status: found.get(status, 0) for status in STATUSES}
+
+
+def _clear(out: str, overwrite: bool) -> None:
+    """Make room for new scores or refuse; remove what an interrupted job left."""
+    summary = storage.join(out, "summary.json")
+    if storage.exists(summary) or storage.exists(storage.join(out, "scores")):
+        if not overwrite:
+            raise UsageError(f"{out} holds scores; choose another -o, or pass --overwrite")
+        storage.remove_file(summary)
+        storage.remove_dir(storage.join(out, "scores"))
+    for name in storage.list_dirs(out):
+        if name.startswith("scores.") and name.endswith(".tmp"):
+            storage.remove_dir(storage.join(out, name))
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("score")

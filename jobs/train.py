@@ -1,0 +1,58 @@
+"""`bt train`: one recipe on one dataset becomes a run."""
+
+from typing import Annotated
+
+import typer
+
+from bt_core import storage
+from bt_core.errors import EXIT_OK
+from jobs.command import DataOption, DeviceOption, OutOption, OverwriteOption
+from jobs.recipes_folder import RECIPES
+
+
+def run(
+    recipe: Annotated[str, typer.Option("--recipe", help="Name of a recipe, or a .yaml file.")],
+    data: DataOption,
+    out: OutOption = "",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override, as in --set train.epochs=3."),
+    ] = None,
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, help="Training workers. [default: one per GPU, else 1]")
+    ] = None,
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+) -> int:
+    """Fine-tune one classifier, or go on with an interrupted run."""
+    from bt_core.data.catalog import Dataset
+    from bt_core.evaluation.plots import training_curves_png
+    from bt_core.training.launch import check_settings, plan_scaling, train
+    from bt_core.training.recipe import load_recipe
+    from cluster.session import choose_device, session
+
+    loaded = load_recipe(recipe, RECIPES, settings or [])
+    dataset = Dataset(data)
+    check_settings(loaded, dataset)
+    out = storage.absolute(out or f"runs/{loaded.name}")
+    if overwrite:
+        storage.remove_dir(out)
+    with session() as resources:
+        chosen = choose_device(device, resources)
+        scaling = plan_scaling(num_workers, chosen, resources.num_cpus, resources.num_gpus)
+        finished = train(loaded, dataset, out, scaling)
+    curves = training_curves_png(finished.history())
+    storage.write_bytes(storage.join(out, "curves.png"), curves)
+    best, metrics = finished.info.best_epoch, finished.info.metrics
+    print(
+        f"best epoch {best}: validation accuracy {metrics['val_accuracy']:.4f}, macro F1 "
+        f" {metrics['val_macro_f1']:.4f} on {metrics['val_scans']:.0f} scans"
+    )
+    print(f"run in {out}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("train")

@@ -1,0 +1,1 @@
+"""The online side: Ray Serve application and HTTP API."""

@@ -1,0 +1,82 @@
+"""What the HTTP API answers."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+
+class Prediction(BaseModel):
+    """The answer for one scan; the fields of a score row."""
+
+    scan_id: str = Field(description="First 20 digits of the content's SHA-256.")
+    content_sha256: str
+    status: Literal["scored", "deferred"] = Field(
+        description="`deferred` means: confidence below the threshold, a person should look."
+    )
+    reason: str = Field(description="Reason code, empty for `scored`.")
+    predicted_label: str
+    confidence: float = Field(ge=0, le=1, description="Calibrated probability of the label.")
+    probabilities: dict[str, float]
+    entropy: float = Field(ge=0, description="Of the probabilities, in nats.")
+    prediction_set: list[str] = Field(
+        description="Classes that hold the truth at the bundle's conformal level."
+    )
+    members_used: list[str]
+    seen_in_training: bool = Field(description="The same pixels were trained on.")
+    bundle_id: str
+    preprocess_digest: str
+
+
+class Predictions(BaseModel):
+    """Answers in the order of the files."""
+
+    results: list[Prediction]
+
+
+class ModelDescription(BaseModel):
+    """The bundle that answers."""
+
+    bundle_id: str
+    task: str
+    labels: list[str]
+    members: list[dict[str, Any]]
+    review: dict[str, float]
+    validation_metrics: dict[str, Any]
+    provenance: dict[str, Any]
+    notice: str = "For research. Not a medical device."
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details; `code` is a reason code of this project."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str
+
+
+EXAMPLE_PREDICTION: dict[str, Any] = {
+    "results": [
+        {
+            "scan_id": "5f2b0c6d9e1a4b7c8d3e",
+            "content_sha256": "5f2b0c6d9e1a4b7c8d3e" + "0" * 44,
+            "status": "scored",
+            "reason": "",
+            "predicted_label": "meningioma",
+            "confidence": 0.97,
+            "probabilities": {
+                "glioma": 0.02,
+                "meningioma": 0.97,
+                "no_tumor": 0.005,
+                "pituitary": 0.005,
+            },
+            "entropy": 0.16,
+            "prediction_set": ["meningioma"],
+            "members_used": ["mobilenetv2"],
+            "seen_in_training": False,
+            "bundle_id": "0123456789abcdef",
+            "preprocess_digest": "0" * 64,
+        }
+    ]
+}
