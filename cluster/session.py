@@ -59,9 +59,13 @@ def session(num_cpus: int | None = None) -> Iterator[Resources]:
             num_gpus=float(resources.get("GPU", 0)),
             num_nodes=sum(bool(node["Alive"]) for node in ray.nodes()),
         )
-        logger.info(
-            "Ray: %d node(s), %g CPUs, %g GPUs", found.num_nodes, found.num_cpus, found.num_gpus
-        )
+        if started:
+            logger.info(
+                "Ray: %d node(s), %g CPUs, %g GPUs",
+                found.num_nodes,
+                found.num_cpus,
+                found.num_gpus,
+            )
         yield found
     finally:
         if started:

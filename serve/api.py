@@ -59,6 +59,23 @@ def _answers(*codes: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+# Helpers stand above the class: Serve pickles it as it is decorated, with what is defined by then.
+async def _read_scan(request: Request) -> tuple[bytes, str]:
+    """Return the scan's bytes and its file name or media type.
+
+    Raises:
+        HTTPException: 400 without exactly one file, or for a body that is not well-formed.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "multipart/form-data":
+        return await request.body(), media_type
+    async with request.form(max_files=2, max_fields=8) as form:
+        files = form.getlist("files")
+        if len(files) != 1 or not isinstance(files[0], UploadFile):
+            raise HTTPException(400, "send exactly one file, in the multipart field 'files'")
+        return await files[0].read(), files[0].filename or ""
+
+
 api = FastAPI(
     title="bt",
     version=__version__,
@@ -158,19 +175,3 @@ class Gateway:
                 if attempt == TRIES:
                     raise
         raise AssertionError("unreachable")
-
-
-async def _read_scan(request: Request) -> tuple[bytes, str]:
-    """Return the scan's bytes and its file name or media type.
-
-    Raises:
-        HTTPException: 400 without exactly one file, or for a body that is not well-formed.
-    """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "multipart/form-data":
-        return await request.body(), media_type
-    async with request.form(max_files=2, max_fields=8) as form:
-        files = form.getlist("files")
-        if len(files) != 1 or not isinstance(files[0], UploadFile):
-            raise HTTPException(400, "send exactly one file, in the multipart field 'files'")
-        return await files[0].read(), files[0].filename or ""

@@ -1,5 +1,6 @@
 """Builds the Ray Serve application; `serve.app:build` is its import path."""
 
+import logging
 from typing import Literal, cast
 
 from pydantic import Field
@@ -50,6 +51,7 @@ def start(settings: ServeSettings, port: int) -> str:
     There is no user authentication yet, so it listens on loopback only.
     """
     host = "127.0.0.1"
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
     serve.run(build(settings.model_dump()), name=APP_NAME, route_prefix="/")
     return f"http://{host}:{port}"

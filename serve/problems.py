@@ -12,6 +12,7 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bt_core.errors import REASONS
+from bt_core.log import logger
 from serve.schemas import Problem
 
 HTTP_OF_REASON: Final[dict[str, int]] = {reason: 422 for reason in REASONS} | {
@@ -66,6 +67,8 @@ def install_problems(api: FastAPI, max_body_size: int) -> None:
 
     @api.exception_handler(Exception)
     async def _unforeseen(_: Request, error: Exception) -> JSONResponse:
+        # The type only: the text of an error may quote what was sent.
+        logger.error("request failed: %s", type(error).__name__)
         return problem(500, "internal_error", "the request failed inside the server")
 
     # The outermost is added last. Starlette's limit counts bodies of no declared length.

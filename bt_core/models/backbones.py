@@ -1,6 +1,6 @@
 """Backbones by name: any timm model, or one of our own networks. The only user of timm.
 
-timm is imported when a backbone is built: it takes five seconds, which commands that build none save.
+timm is imported when a backbone is built: it takes five seconds, which most commands save.
 
 A backbone has no classifier; its contract is timm's: forward_features,
 forward_head(pre_logits=True), num_features.
@@ -53,7 +53,7 @@ def build_backbone(spec: ModelSpec) -> Backbone:
     if spec.backbone in NETWORKS:
         if spec.weights_source != "none":
             raise WeightsError(
-                f"{spec.backbone} is trained from scratch and has no {spec.weights_source} weights; "
+                f"{spec.backbone} is trained from scratch, without {spec.weights_source} weights; "
                 "pass --set model.weights=none"
             )
         return Backbone(NETWORKS[spec.backbone](**spec.backbone_args), spec, _HALF, _HALF)
