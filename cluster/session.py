@@ -76,8 +76,10 @@ def choose_device(device: str, resources: Resources) -> str:
     """Resolve `auto` to what is there, and check that what is asked for is there.
 
     Raises:
-        UsageError: if a GPU is asked for and the cluster has none.
+        UsageError: if `device` is none of auto, cpu and cuda, or the cluster has no GPU.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device {device}: use auto, cpu or cuda")
     if device == "auto":
         return "cuda" if resources.num_gpus >= 1 else "cpu"
     if device == "cuda" and resources.num_gpus < 1:

@@ -31,6 +31,7 @@ MAX_RETRIES: Final = 2
 TRIES_PER_SCAN: Final = 2
 _DECODE_BATCH: Final = 64
 _SHARD_ROWS: Final = 512
+_SCANS_WORTH_AN_ACTOR: Final = 256
 _CACHED_SHARE: Final = 0.25
 _STARVED_AFTER_SECONDS: Final = 300
 _CRASHES: Final = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
@@ -130,12 +131,10 @@ def read_view(view: str, split: str) -> ray.data.Dataset:
     configure()
     folder = storage.join(view, f"split={split}")
     with _bounded_retries():
-        dataset = ray.data.read_parquet(
-            folder,
-            columns=["scan_id", "label", "pixels"],
-            partitioning=None,
-            ray_remote_args={"max_retries": MAX_RETRIES},
+        shards = ray.data.read_parquet(
+            folder, partitioning=None, ray_remote_args={"max_retries": MAX_RETRIES}
         )
+        dataset = shards.select_columns(["scan_id", "label", "pixels"])
     side = storage.read_json(storage.join(view, "view.json"))["preprocess"]["size_px"]
     num_bytes = dataset.count() * side**2
     fits = num_bytes < _CACHED_SHARE * ray.cluster_resources().get("object_store_memory", 0)
@@ -161,16 +160,18 @@ def score(
             once.
         scorer_args: its constructor's arguments.
         output: folder that the Parquet files are written to.
-        num_actors: copies of the scorer.
+        num_actors: copies of the scorer at most; a small job starts fewer, since loading a copy takes
+            as long as scoring hundreds of scans.
         cpus_per_actor: logical CPUs each holds; leave at least one for decoding.
         num_gpus_per_actor: GPUs each holds.
     """
+    size = max(1, min(num_actors, refs.num_rows // _SCANS_WORTH_AN_ACTOR))
     with _bounded_retries():
         decode(refs, DecodeStage(specs)).map_batches(
             scorer,
             fn_constructor_args=scorer_args,
             batch_size=_DECODE_BATCH,
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            compute=ray.data.ActorPoolStrategy(size=size),
             num_cpus=cpus_per_actor,
             num_gpus=num_gpus_per_actor or None,
             max_restarts=MAX_RETRIES,

@@ -4,6 +4,7 @@ Shape suffixes: M members, B batch, S side, K classes.
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ from bt_core.errors import BundleError
 from bt_core.models.bundle import Bundle
 from bt_core.models.inputs import Preprocessor
 from bt_core.scans.preprocess import PreprocessSpec
+
+_CPU_CHUNK: Final = 4
+"""Scans per forward pass on a CPU, whose activations then stay in the cache. MobileNetV2 at 128 px on
+one thread gave 217 images/s with 4 and 139 with 64."""
 
 
 class Predictor:
@@ -50,13 +55,19 @@ class Predictor:
         Args:
             pixels: for each of `specs`, in their order, pixels_BSS uint8 of the same B scans.
         """
-        logits = [
-            model(preprocessor.batch(pixels[i]).to(self.device)).float().cpu().numpy()
-            for model, preprocessor, i in zip(
-                self._models, self._preprocessors, self._spec_of, strict=True
-            )
+        members = zip(self._models, self._preprocessors, self._spec_of, strict=True)
+        return np.stack([self._member_logits(m, p, pixels[i]) for m, p, i in members])
+
+    def _member_logits(
+        self, model: torch.nn.Module, preprocessor: Preprocessor, pixels_BSS: np.ndarray
+    ) -> np.ndarray:
+        step = _CPU_CHUNK if self.device.type == "cpu" else len(pixels_BSS)
+        parts = [
+            model(preprocessor.batch(pixels_BSS[i : i + step]).to(self.device)).float().cpu()
+            for i in range(0, len(pixels_BSS), step)
         ]
-        return np.stack(logits)
+        logits_BK: np.ndarray = torch.cat(parts).numpy()
+        return logits_BK
 
 
 def distinct_specs(

@@ -1,0 +1,77 @@
+"""Shared fixtures: one Ray for the whole session, and one small chain that many tests look at."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bt_core.scans.phantom import write_archive
+from jobs.cli import main
+
+SMALL = ["--set", "preprocess.size_px=48", "--set", "train.batch_size=8"]
+
+
+def bt(*words: object) -> int:
+    """Run a command in this process, on the session's Ray, and return its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return int(ended.value.code or 0)
+
+
+def bt_process(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own and return what it printed."""
+    command = [sys.executable, "-m", f"jobs.{words[0]}", *map(str, words[1:])]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One local Ray with two logical CPUs."""
+    import ray
+
+    from cluster.session import session
+
+    with session(num_cpus=2) as resources:
+        yield resources
+    assert not ray.is_initialized()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a small run of the whole chain left behind."""
+
+    root: Path
+    archive: Path
+    data: Path
+    runs: tuple[Path, Path]
+    bundle: Path
+    report: Path
+    scores: Path
+
+
+@pytest.fixture(scope="session")
+def chain(ray_session, tmp_path_factory):
+    """Prepare, train two tiny classifiers, ensemble, evaluate and score, through the real commands."""
+    root = tmp_path_factory.mktemp("chain")
+    archive, data, bundle = root / "scans.zip", root / "data", root / "bundle"
+    runs = (root / "runs" / "cnn_small", root / "runs" / "mobilenetv2")
+    write_archive(str(archive), num_per_class=20, size_px=96)
+    assert bt("prepare", archive, "-o", data, "--recipe", "cnn_small") == 0
+    common = ["--data", data, *SMALL]
+    one = ["train", "--recipe", "cnn_small", *common, "--set", "train.epochs=3", "-o", runs[0]]
+    two = ["train", "--recipe", "mobilenetv2", *common, "--set", "train.epochs=1", "-o", runs[1]]
+    assert bt(*one) == 0
+    assert bt(*two, "--set", "model.weights=none") == 0
+    assert bt("ensemble", *runs, "-o", bundle) == 0
+    assert bt("evaluate", bundle, "--data", data, "-o", root / "report") == 0
+    assert bt("score", bundle, archive, "-o", root / "scores") == 0
+    return Chain(root, archive, data, runs, bundle, root / "report", root / "scores")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_environment():
+    """Nothing in the tests may ask a model hub; what needs it must say so instead of waiting."""
+    os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,0 +1,155 @@
+"""The whole chain on synthetic scans, through the real commands."""
+
+import json
+from collections import Counter
+
+import pyarrow.parquet as pq
+import pytest
+
+from bt_core import storage
+from bt_core.data.catalog import Dataset
+from bt_core.data.pipeline import read_view
+from bt_core.models.bundle import Bundle
+from bt_core.models.run import Run
+from tests.conftest import SMALL, bt
+
+pytestmark = pytest.mark.integration
+
+
+def rows(path, **options):
+    return pq.read_table(path, partitioning=None, **options).to_pylist()
+
+
+def test_the_catalog_has_one_row_for_each_file_and_copies_stay_together(chain):
+    catalog = rows(chain.data / "catalog.parquet")
+    assert len(catalog) == 80
+    assert len({row["scan_id"] for row in catalog}) == 80
+    assert Counter(row["label"] for row in catalog) == {
+        "glioma": 20, "meningioma": 20, "no_tumor": 20, "pituitary": 20
+    }  # fmt: skip
+    assert {row["format"] for row in catalog} == {"PNG", "JPEG", "DICOM"}
+    splits_of_pixels = {}
+    for row in catalog:
+        splits_of_pixels.setdefault(row["pixel_sha256"], set()).add(row["split"])
+    assert len(splits_of_pixels) < 80, "the archive has planted copies"
+    assert all(len(splits) == 1 for splits in splits_of_pixels.values())
+    info = Dataset(str(chain.data)).info
+    assert {s: sum(c.values()) for s, c in info.counts.items()} == Counter(
+        row["split"] for row in catalog
+    )
+
+
+def test_shards_hold_every_scan_of_a_split_once_in_mixed_order(chain, ray_session):
+    views = [p for p in (chain.data / "views").iterdir() if p.name.startswith("48px")]
+    assert len(views) == 1, "both runs share one view"
+    for split in ("train", "validation", "test"):
+        shards = read_view(str(views[0]), split).take_all()
+        expected = Dataset(str(chain.data)).split(split)["scan_id"].to_pylist()
+        assert sorted(row["scan_id"] for row in shards) == sorted(expected)
+        assert {row["pixels"].shape for row in shards} == {(48, 48)}
+    labels = [row["label"] for row in read_view(str(views[0]), "train").take_all()]
+    assert len(set(labels[:12])) > 2, "shards are not sorted by class"
+
+
+def test_a_run_is_complete_and_validates_every_validation_scan(chain):
+    run = Run(str(chain.runs[0]))
+    validation = run.validation()
+    expected = Dataset(str(chain.data)).split("validation")["scan_id"].to_pylist()
+    assert validation["scan_id"].to_pylist() == sorted(expected)
+    history = run.history()
+    assert [figures["epoch"] for figures in history] == [1, 2, 3]
+    assert all(figures["val_scans"] == len(expected) for figures in history)
+    best = max(history, key=lambda figures: figures["val_score"])
+    assert run.info.best_epoch == best["epoch"]
+    predicted = [max(range(4), key=logits.__getitem__) for logits in validation["logits"].to_pylist()]
+    right = sum(p == t for p, t in zip(predicted, validation["label"].to_pylist(), strict=True))
+    assert right / len(expected) == pytest.approx(best["val_accuracy"])
+    assert (chain.runs[0] / "curves.png").stat().st_size > 5_000
+    assert (chain.runs[0] / "recipe.json").exists()
+
+
+def test_the_bundle_holds_both_members_without_a_pickle_or_a_path(chain):
+    bundle = Bundle(str(chain.bundle))
+    assert [m.name for m in bundle.info.members] == ["cnn_small", "mobilenetv2"]
+    assert [m.weight for m in bundle.info.members] == [0.5, 0.5]
+    suffixes = {p.suffix for p in chain.bundle.rglob("*") if p.is_file()}
+    assert suffixes == {".json", ".safetensors", ".md"}
+    for path in chain.bundle.rglob("*.*"):
+        if path.suffix in (".json", ".md"):
+            assert str(chain.root) not in path.read_text()
+    card = (chain.bundle / "MODEL_CARD.md").read_text()
+    assert bundle.info.bundle_id in card
+    assert "Not a medical device" in card
+
+
+def test_the_report_agrees_with_its_own_predictions(chain):
+    metrics = json.loads((chain.report / "metrics.json").read_text())
+    dataset = Dataset(str(chain.data))
+    truth = {r["scan_id"]: r["label"] for r in dataset.split("test").to_pylist()}
+    predictions = rows(chain.report / "scores")
+    assert {row["scan_id"] for row in predictions} == set(truth)
+    right = sum(row["predicted_label"] == truth[row["scan_id"]] for row in predictions)
+    assert metrics["all"]["accuracy"] == pytest.approx(right / len(truth))
+    assert metrics["clean"]["num_scans"] == len(truth), "no test scan was trained on"
+    page = (chain.report / "report.html").read_text()
+    assert f"{metrics['clean']['accuracy']:.1%}".rstrip("%") in page
+    assert "not a medical device" in page
+    assert page.count("<img") == 1
+    assert "http" not in page.split("<body>")[1], "the page needs no network"
+
+
+def test_scores_account_for_every_scan_and_know_what_was_trained_on(chain):
+    summary = json.loads((chain.scores / "summary.json").read_text())
+    statuses = ("scored", "deferred", "rejected", "failed")
+    assert summary["n_in"] == 80 == sum(summary[status] for status in statuses)
+    scores = {row["scan_id"]: row for row in rows(chain.scores / "scores")}
+    assert len(scores) == 80
+    training = set(Dataset(str(chain.data)).split("train")["scan_id"].to_pylist())
+    assert {i for i, row in scores.items() if row["seen_in_training"]} == training
+    names = ("glioma", "meningioma", "no_tumor", "pituitary")
+    for row in scores.values():
+        probs = {name: row[f"prob_{name}"] for name in names}
+        assert sum(probs.values()) == pytest.approx(1)
+        assert row["predicted_label"] == max(probs, key=probs.get)
+        assert row["confidence"] == max(probs.values())
+        assert row["predicted_label"] in row["prediction_set"]
+        assert row["members_used"] == ["cnn_small", "mobilenetv2"]
+    schema = pq.read_schema(next((chain.scores / "scores").glob("*.parquet")))
+    assert not any("extension" in str(field.type) for field in schema)
+
+
+def test_a_second_run_is_refused_and_overwrite_is_explicit(chain, capsys):
+    assert bt("score", chain.bundle, chain.archive, "-o", chain.scores) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert bt("prepare", chain.archive, "-o", chain.data) == 2
+    assert bt("ensemble", chain.runs[0], "-o", chain.bundle) == 2
+    assert bt("evaluate", chain.bundle, "--data", chain.data, "-o", chain.report) == 2
+    command = ["train", "--recipe", "cnn_small", "--data", chain.data, *SMALL]
+    assert bt(*command, "--set", "train.epochs=3", "-o", chain.runs[0]) == 2
+    assert "finished run" in capsys.readouterr().err
+    assert bt("ensemble", chain.runs[0], "-o", chain.root / "again") == 0
+    assert bt("ensemble", chain.runs[0], "-o", chain.root / "again", "--overwrite") == 0
+
+
+def test_two_workers_train_on_disjoint_shards_and_validate_everything(chain, ray_session):
+    out = chain.root / "runs" / "two_workers"
+    code = bt(
+        "train", "--recipe", "cnn_small", "--data", chain.data, *SMALL, "--set", "train.epochs=2",
+        "--num-workers", 2, "-o", out,
+    )  # fmt: skip
+    assert code == 0
+    run = Run(str(out))
+    assert run.info.num_workers == 2
+    expected = Dataset(str(chain.data)).split("validation")["scan_id"].to_pylist()
+    assert run.validation()["scan_id"].to_pylist() == sorted(expected)
+
+
+def test_a_folder_source_gives_the_same_split_as_its_zip(chain, tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(chain.archive) as archive:
+        archive.extractall(tmp_path / "folder")
+    assert bt("prepare", tmp_path / "folder", "-o", tmp_path / "data") == 0
+    ours, zipped = (Dataset(str(d)) for d in (tmp_path / "data", chain.data))
+    assert ours.info.digest == zipped.info.digest
+    assert storage.read_json(str(tmp_path / "data" / "dataset.json"))["num_left_out"] == {}

@@ -1,0 +1,205 @@
+"""Damaged input, wrong use and killed workers: a clear message, the right exit code, no lost row."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+import zipfile
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from bt_core.data import pipeline
+from bt_core.data.catalog import Dataset, ref_columns
+from bt_core.data.decode_stage import DecodeStage
+from bt_core.errors import REASONS
+from bt_core.models.run import Run
+from bt_core.scans.archives import list_scans
+from bt_core.scans.phantom import phantom_slice
+from tests.conftest import SMALL, bt
+
+pytestmark = pytest.mark.integration
+
+
+def png(seed=0):
+    import cv2
+
+    return cv2.imencode(".png", phantom_slice("glioma", seed, 96))[1].tobytes()
+
+
+def jpeg():
+    import cv2
+
+    return cv2.imencode(".jpg", phantom_slice("glioma", 1, 96))[1].tobytes()
+
+
+def test_bad_files_are_rows_with_reasons_and_exit_code_3(chain, tmp_path, capfd):
+    archive = tmp_path / "mixed.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("good.png", png())
+        file.writestr("truncated.jpg", jpeg()[:-400])
+        file.writestr("empty.png", b"")
+        file.writestr("text.png", b"not a picture at all")
+        file.writestr("tiny.png", __import__("cv2").imencode(".png", np.eye(8, dtype=np.uint8))[1])
+        file.writestr("__MACOSX/._good.png", b"resource fork")
+    assert bt("score", chain.bundle, archive, "-o", tmp_path / "out") == 3
+    rows = {r["member"]: r for r in pq.read_table(tmp_path / "out" / "scores").to_pylist()}
+    assert rows["good.png"]["status"] in ("scored", "deferred")
+    found = {m: (r["status"], r["reason"]) for m, r in rows.items() if m != "good.png"}
+    assert found == {
+        "truncated.jpg": ("failed", "truncated_image"),
+        "empty.png": ("failed", "empty_file"),
+        "text.png": ("rejected", "unsupported_type"),
+        "tiny.png": ("rejected", "image_too_small"),
+    }
+    assert rows["empty.png"]["predicted_label"] is None
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["n_in"] == 5
+    assert summary["skipped_files"] == {"system file": 1}
+    assert "5 scans = " in capfd.readouterr().out
+
+
+def test_prepare_keeps_corrupt_files_and_conflicts_with_a_reason(ray_session, tmp_path):
+    root = tmp_path / "set"
+    for label, offset in (("glioma", 0), ("notumor", 100)):
+        (root / label).mkdir(parents=True)
+        for i in range(8):
+            (root / label / f"{i}.png").write_bytes(png(offset + i))
+    (root / "glioma" / "cut.png").write_bytes(png()[:500])
+    (root / "glioma" / "same.png").write_bytes(png(999))
+    (root / "notumor" / "same.png").write_bytes(png(999))
+    assert bt("prepare", root, "-o", tmp_path / "data") == 3
+    catalog = {r["member"]: r for r in Dataset(str(tmp_path / "data")).catalog().to_pylist()}
+    assert len(catalog) == 19
+    assert catalog["glioma/cut.png"]["reason"] in ("truncated_image", "corrupt_image")
+    assert catalog["glioma/same.png"]["reason"] == "label_conflict"
+    assert catalog["notumor/same.png"]["reason"] == "label_conflict"
+    assert {r["split"] for r in catalog.values() if r["reason"]} == {""}
+
+
+def wrong_uses(chain, tmp_path):
+    empty = tmp_path / "empty.zip"
+    zipfile.ZipFile(empty, "w").close()
+    strange = tmp_path / "strange"
+    (strange / "metastasis").mkdir(parents=True)
+    (strange / "metastasis" / "a.png").write_bytes(png())
+    missing = tmp_path / "missing_file"
+    shutil.copytree(chain.bundle, missing)
+    (missing / "members" / "cnn_small" / "model.safetensors").unlink()
+    changed = tmp_path / "changed"
+    shutil.copytree(chain.bundle, changed)
+    weights = changed / "members" / "cnn_small" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    edited = tmp_path / "edited"
+    shutil.copytree(chain.bundle, edited)
+    info = json.loads((edited / "bundle.json").read_text())
+    info["review"]["min_confidence"] = 0.0
+    (edited / "bundle.json").write_text(json.dumps(info))
+    out = tmp_path / "out"
+    train = ["train", "--data", chain.data, "-o", out]
+    return {
+        "empty archive": (["score", chain.bundle, empty, "-o", out], "holds no scans"),
+        "no such source": (["prepare", tmp_path / "nowhere", "-o", out], "does not exist"),
+        "unknown class": (["prepare", strange, "-o", out], "metastasis"),
+        "unknown key": ([*train, "--recipe", "cnn_small", "--set", "train.epoch=3"], "'epochs'"),
+        "unknown recipe": ([*train, "--recipe", "resnet"], "cnn_small, mobilenetv2"),
+        "unknown backbone": (
+            [*train, "--recipe", "mobilenetv2", "--set", "model.backbone=mobilenetv9"],
+            "mobilenetv9",
+        ),
+        "no weights folder": (
+            [*train, "--recipe", "mobilenetv2", "--set", f"model.weights=local-dir:{tmp_path}"],
+            "hub or none",
+        ),
+        "hub without internet": ([*train, "--recipe", "mobilenetv2"], "local-dir:PATH"),
+        "missing bundle": (["score", tmp_path / "nothing", empty, "-o", out], "not a bundle"),
+        "missing bundle file": (["score", missing, chain.archive, "-o", out], "is missing"),
+        "changed byte": (["score", changed, chain.archive, "-o", out], "differs from its digest"),
+        "edited bundle.json": (["score", edited, chain.archive, "-o", out], "was changed"),
+        "no dataset": (["train", "--recipe", "cnn_small", "--data", tmp_path], "bt prepare"),
+        "no run": (["ensemble", tmp_path, "-o", out], "not a finished run"),
+        "no GPU": (
+            ["score", chain.bundle, chain.archive, "-o", out, "--device", "cuda"],
+            "the cluster has 0",
+        ),
+        "bad device": (
+            ["score", chain.bundle, chain.archive, "-o", out, "--device", "gpu"],
+            "auto, cpu or cuda",
+        ),
+        "too many workers": (
+            [*train, "--recipe", "cnn_small", "--num-workers", 99],
+            "the cluster has 2 CPUs",
+        ),
+        "wrong task": ([*train, "--recipe", "cnn_small", "--set", "task=binary"], "four_class"),
+    }
+
+
+def test_wrong_use_is_one_line_and_exit_code_2(chain, tmp_path, capfd):
+    for name, (words, expected) in wrong_uses(chain, tmp_path).items():
+        capfd.readouterr()
+        code = bt(*words)
+        errors = [
+            line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")
+        ]
+        assert code == 2, name
+        assert len(errors) == 1, name
+        assert expected in errors[0], name
+        assert not (tmp_path / "out" / "scores").exists(), name
+
+
+class DeadlyStage(DecodeStage):
+    """A decoder that ends its process on one scan, as a bug in a native codec would."""
+
+    def process(self, row):
+        if row["member"].endswith("deadly.png"):
+            os._exit(139)
+        return super().process(row)
+
+
+def test_a_scan_that_kills_its_worker_twice_is_set_aside_and_no_other(ray_session, tmp_path):
+    ray.cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
+    for i in range(10):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "deadly.png").write_bytes(png(50))
+    refs = pa.table(ref_columns(list_scans(str(tmp_path)).refs))
+    rows = pipeline.decode(refs, DeadlyStage()).take_all()
+    reasons = {row["member"]: row["reason"] for row in rows}
+    assert len(rows) == 11
+    assert {m: r for m, r in reasons.items() if r} == {"deadly.png": "decoder_crashed"}
+    assert "twice" in REASONS["decoder_crashed"]
+
+
+def test_a_training_worker_killed_in_mid_epoch_does_not_end_the_run(chain, tmp_path):
+    killed = []
+
+    def kill_one_worker_after_the_first_epoch():
+        history = tmp_path / "run" / "history.jsonl"
+        deadline = time.monotonic() + 120
+        while not history.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.send_signal(signal.SIGKILL)
+                killed.append(process.pid)
+                return
+
+    killer = threading.Thread(target=kill_one_worker_after_the_first_epoch)
+    killer.start()
+    code = bt(
+        "train", "--recipe", "cnn_small", "--data", chain.data, *SMALL,
+        "--set", "train.epochs=12", "--set", "preprocess.size_px=64", "-o", tmp_path / "run",
+    )  # fmt: skip
+    killer.join()
+    assert code == 0
+    assert len(killed) == 1, "the worker was there to be killed"
+    epochs = [figures["epoch"] for figures in Run(str(tmp_path / "run")).history()]
+    assert epochs == list(range(1, 13))

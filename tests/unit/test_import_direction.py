@@ -1,0 +1,89 @@
+"""The dependency rule of the library, read from the imports themselves."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOUNDATIONS = {"errors", "labels", "log", "storage"}
+# A package of bt_core may import itself and what is listed here.
+ALLOWED = {
+    "errors": set(),
+    "log": set(),
+    "labels": {"errors"},
+    "storage": {"errors"},
+    "config": FOUNDATIONS,
+    "scans": FOUNDATIONS | {"config"},
+    "models": FOUNDATIONS | {"config", "scans"},
+    "inference": FOUNDATIONS | {"config", "scans", "models"},
+    "ensemble": FOUNDATIONS | {"config", "scans", "models", "inference"},
+    "data": FOUNDATIONS | {"config", "scans"},
+    "training": FOUNDATIONS | {"config", "scans", "models", "data"},
+    "evaluation": FOUNDATIONS
+    | {"config", "scans", "models", "inference", "ensemble", "data", "training"},
+}
+TOP_LEVEL = {"bt_core": set(), "cluster": {"bt_core"}, "jobs": {"bt_core", "cluster", "serve"}}
+TOP_LEVEL["serve"] = {"bt_core"}
+ONLY_IN = {
+    "cv2": ("bt_core/scans/",),
+    "timm": ("bt_core/models/backbones.py",),
+    "fastapi": ("serve/",),
+    "ray": (
+        "bt_core/data/pipeline.py",
+        "bt_core/training/worker.py",
+        "bt_core/training/launch.py",
+        "bt_core/training/search.py",
+        "cluster/",
+        "jobs/",
+        "serve/",
+    ),
+}
+FILES = [path for name in TOP_LEVEL for path in sorted((ROOT / name).rglob("*.py"))]
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def faults_of(path: Path) -> list[str]:
+    relative = path.relative_to(ROOT).as_posix()
+    own_top = relative.split("/")[0]
+    own_part = relative.split("/")[1].removesuffix(".py") if own_top == "bt_core" else ""
+    faults = []
+    for module in imported_modules(path):
+        top, *rest = module.split(".")
+        if top in ONLY_IN and not relative.startswith(ONLY_IN[top]):
+            faults.append(f"{relative} imports {top}")
+        if top in TOP_LEVEL and top != own_top and top not in TOP_LEVEL[own_top]:
+            faults.append(f"{relative} imports {module}")
+        part = rest[0] if rest else ""
+        if own_top == top == "bt_core" and part in ALLOWED and own_part in ALLOWED:
+            if part != own_part and part not in ALLOWED[own_part]:
+                faults.append(f"{relative} imports {module}")
+    return faults
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_go_one_way(path):
+    assert faults_of(path) == []
+
+
+def test_every_part_of_the_library_has_a_rule():
+    parts = {p.name.removesuffix(".py") for p in (ROOT / "bt_core").iterdir()}
+    assert parts - {"__init__", "__pycache__"} == set(ALLOWED)
+
+
+def test_a_forbidden_import_is_found(tmp_path, monkeypatch):
+    bad = tmp_path / "bt_core" / "scans" / "bad.py"
+    bad.parent.mkdir(parents=True)
+    bad.write_text("import ray\nfrom bt_core.models import spec\nimport jobs.cli\n")
+    monkeypatch.setattr("tests.unit.test_import_direction.ROOT", tmp_path)
+    assert len(faults_of(bad)) >= 3

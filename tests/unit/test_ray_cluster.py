@@ -1,0 +1,164 @@
+"""The cluster file passes Ray's own schema, installs only the lock, and opens nothing to the world.
+
+`prepare_config` merges the file with Ray's AWS defaults and `validate_config` checks the result;
+both work offline and without boto3. Whether AWS has image and group, only `ray up` can tell.
+"""
+
+import json
+import re
+import shlex
+import tomllib
+from copy import deepcopy
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+from packaging.requirements import Requirement
+from ray.autoscaler._private.providers import _get_default_config
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+REPOSITORY = Path(__file__).parents[2]
+TOKEN_FILE = "~/.ray/auth_token"
+SETUP_LISTS = ["initialization_commands", "head_setup_commands", "worker_setup_commands"]
+START_LISTS = ["head_start_ray_commands", "worker_start_ray_commands"]
+
+Config = dict[str, Any]
+
+
+def commands(config: Config, *lists: str) -> list[str]:
+    """Return the commands of the lists, and those that node types bring of their own."""
+    owners = [config, *config["available_node_types"].values()]
+    return [command for owner in owners for name in lists for command in owner.get(name, [])]
+
+
+def is_ray_start(command: str) -> bool:
+    return re.search(r"\bray\s+start\b", command) is not None
+
+
+def requirements(command: str) -> list[str]:
+    """Return what a `pip install` command names itself, neither files nor folders."""
+    words = shlex.split(command)
+    if "install" not in words or not any(re.search(r"\bpip[\d.]*$", word) for word in words):
+        return []
+    arguments = words[words.index("install") + 1 :]
+    taken = {i + 1 for i, word in enumerate(arguments) if word in {"-r", "-e"}}
+    return [w for i, w in enumerate(arguments) if i not in taken and not w.startswith("-")]
+
+
+@pytest.fixture(scope="module")
+def raw() -> Config:
+    return yaml.safe_load((REPOSITORY / "ray_cluster.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def merged(raw: Config) -> Config:
+    """The file as `ray up` sees it, with defaults filled in."""
+    return prepare_config(deepcopy(raw))
+
+
+def test_schema_accepts_the_file(merged: Config) -> None:
+    validate_config(merged)
+
+
+def test_schema_rejects_an_unknown_key(raw: Config) -> None:
+    with pytest.raises(jsonschema.ValidationError, match="idle_timeout_hours"):
+        validate_config(prepare_config(deepcopy(raw) | {"idle_timeout_hours": 1}))
+
+
+def test_schema_rejects_an_unknown_head_type(raw: Config) -> None:
+    with pytest.raises(ValueError, match="head_node_type"):
+        validate_config(prepare_config(deepcopy(raw) | {"head_node_type": "boss"}))
+
+
+def test_head_runs_no_work(merged: Config) -> None:
+    head = merged["available_node_types"][merged["head_node_type"]]
+    assert head["resources"] == {"CPU": 0}
+    assert head["max_workers"] == 0
+
+
+def test_one_pool_has_gpus_on_spot_and_one_has_none(merged: Config) -> None:
+    pools = dict(merged["available_node_types"])
+    del pools[merged["head_node_type"]]
+    by_gpu = {bool(pool["resources"].get("GPU")): pool for pool in pools.values()}
+    assert len(pools) == len(by_gpu) == 2
+    limits = {gpu: (pool["min_workers"], pool["max_workers"]) for gpu, pool in by_gpu.items()}
+    assert limits == {False: (0, 10), True: (0, 4)}
+    assert by_gpu[True]["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+    assert all(pool["resources"]["CPU"] > 0 for pool in pools.values())
+    assert merged["max_workers"] >= 10 + 4, "the limit of the whole must not cut the pools"
+    assert merged["idle_timeout_minutes"] > 0
+
+
+@pytest.mark.parametrize("name", START_LISTS)
+def test_every_ray_start_asks_for_the_token(merged: Config, name: str) -> None:
+    starts = [command for command in commands(merged, name) if is_ray_start(command)]
+    assert len(starts) == 1
+    assert re.search(r"\bRAY_AUTH_MODE=token ray start\b", starts[0])
+
+
+def test_ray_starts_nowhere_else(merged: Config) -> None:
+    assert not any(is_ray_start(command) for command in commands(merged, *SETUP_LISTS))
+
+
+def test_dashboard_stays_on_loopback(merged: Config) -> None:
+    (start,) = filter(is_ray_start, merged["head_start_ray_commands"])
+    assert [w for w in shlex.split(start) if w.startswith("--dashboard-host")] == [
+        "--dashboard-host=127.0.0.1"
+    ]
+    assert "0.0.0.0" not in json.dumps(merged)
+
+
+def test_no_node_falls_back_to_the_open_security_group(merged: Config) -> None:
+    for node_type in merged["available_node_types"].values():
+        assert node_type["node_config"]["SecurityGroupIds"]
+    assert "security_group" not in merged["provider"], "no rules beyond the user's own group"
+
+
+def test_no_default_command_is_left(merged: Config) -> None:
+    default = _get_default_config(merged["provider"])
+    left = set(commands(merged, *SETUP_LISTS, *START_LISTS)) & set(
+        commands(default, "setup_commands", *SETUP_LISTS, *START_LISTS)
+    )
+    assert left <= {"ray stop"}
+
+
+@pytest.mark.parametrize("name", ["head_setup_commands", "worker_setup_commands"])
+def test_ray_comes_from_the_lock_alone(merged: Config, name: str) -> None:
+    setup = commands(merged, "initialization_commands", name)
+    assert any("pip install" in c and "-r ~/bt/requirements.lock" in c for c in setup)
+    assert not any("://" in command for command in setup)
+    for text in [text for command in setup for text in requirements(command)]:
+        requirement = Requirement(text)
+        assert requirement.name != "ray"
+        assert str(requirement.specifier).startswith("=="), f"{text} is not pinned"
+
+
+def test_lock_pins_the_ray_that_is_tested() -> None:
+    lock = (REPOSITORY / "requirements.lock").read_text()
+    assert re.findall(r"^ray(?:\[.*\])?\s*==\s*(\S+)", lock, re.MULTILINE) == [ray.__version__]
+
+
+def test_file_mounts_are_the_repository_and_the_token(merged: Config) -> None:
+    mounts = merged["file_mounts"]
+    assert mounts["~/bt"] == "."
+    assert mounts[TOKEN_FILE] == TOKEN_FILE
+    for local in set(mounts.values()) - {TOKEN_FILE}:
+        path = (REPOSITORY / local).resolve()
+        assert path.is_relative_to(REPOSITORY)
+        assert path.exists()
+
+
+def test_sync_leaves_out_results_and_keeps_every_package(merged: Config) -> None:
+    excluded = merged["rsync_exclude"]
+    assert {".git", ".venv", "/runs", "/data"} <= set(excluded)
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    for package in project["tool"]["setuptools"]["packages"]:
+        parts = package.split(".")
+        for pattern in excluded:
+            # As rsync reads it: a leading slash binds the pattern to the top folder.
+            candidates = parts[:1] if pattern.startswith("/") else parts
+            assert not any(fnmatch(part, pattern.lstrip("/")) for part in candidates), pattern
