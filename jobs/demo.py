@@ -79,7 +79,7 @@ def _serve_one(bundle: str, source: str) -> None:
 
     ref = list_scans(source).refs[0]
     try:
-        url = start(ServeSettings(bundle=bundle), _free_port())
+        url = start(ServeSettings(bundle=bundle), free_port())
         answer = requests.post(
             f"{url}/v1/predictions", files={"files": (ref.member, read_member(ref))}, timeout=60
         )
@@ -90,7 +90,8 @@ def _serve_one(bundle: str, source: str) -> None:
         serve.shutdown()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port on loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -54,7 +54,7 @@ class Chain:
 
 @pytest.fixture(scope="session")
 def chain(ray_session, tmp_path_factory):
-    """Prepare, train two tiny classifiers, ensemble, evaluate and score, through the real commands."""
+    """Prepare, train two tiny classifiers, ensemble, evaluate and score by the commands."""
     root = tmp_path_factory.mktemp("chain")
     archive, data, bundle = root / "scans.zip", root / "data", root / "bundle"
     runs = (root / "runs" / "cnn_small", root / "runs" / "mobilenetv2")

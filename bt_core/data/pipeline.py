@@ -160,8 +160,8 @@ def score(
             once.
         scorer_args: its constructor's arguments.
         output: folder that the Parquet files are written to.
-        num_actors: copies of the scorer at most; a small job starts fewer, since loading a copy takes
-            as long as scoring hundreds of scans.
+        num_actors: copies of the scorer at most; a small job starts fewer, since loading a copy
+            takes as long as scoring hundreds of scans.
         cpus_per_actor: logical CPUs each holds; leave at least one for decoding.
         num_gpus_per_actor: GPUs each holds.
     """

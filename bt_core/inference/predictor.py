@@ -15,8 +15,8 @@ from bt_core.models.inputs import Preprocessor
 from bt_core.scans.preprocess import PreprocessSpec
 
 _CPU_CHUNK: Final = 4
-"""Scans per forward pass on a CPU, whose activations then stay in the cache. MobileNetV2 at 128 px on
-one thread gave 217 images/s with 4 and 139 with 64."""
+"""Scans per forward pass on a CPU, whose activations then stay in the cache. MobileNetV2 at 128 px
+on one thread gave 217 images/s with 4 and 139 with 64."""
 
 
 class Predictor:

@@ -97,7 +97,10 @@ def list_scans(source: str) -> Listing:
     if kind == fs.FileType.NotFound:
         raise SourceError(f"{source} does not exist; give a folder, a zip archive or an image file")
     if kind == fs.FileType.Directory:
-        return _listing(source, [(name, -1) for name in storage.list_files(source)])
+        try:
+            return _listing(source, [(name, -1) for name in storage.list_files(source)])
+        except UnicodeDecodeError:
+            raise SourceError(f"{source} holds a file name that is not UTF-8; rename it") from None
     if not _is_zip(source):
         if source.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".zst", ".7z", ".rar")):
             raise SourceError(f"{source} is not a readable zip archive; repack it as zip")
@@ -127,6 +130,8 @@ def read_member(ref: ScanRef) -> bytes:
             raise ScanError("member_too_large", f"unpacks to over {MAX_RATIO} times its size")
         with archive.open(info) as file:
             return _capped(file.read(MAX_MEMBER_BYTES + 1))
+    except ScanError:
+        raise
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
         raise ScanError("member_corrupt", type(error).__name__) from error
     except (OSError, SourceError, IndexError) as error:
@@ -158,7 +163,7 @@ def _listing(uri: str, names: list[tuple[str, int]]) -> Listing:
 
 
 def _skip_reason(name: str) -> str:
-    parts = name.split("/")
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in (".", "..")]
     if any(part.startswith(".") or part.lower() in _SYSTEM_NAMES for part in parts):
         return "system file"
     return "not a scan" if os.path.splitext(name)[1].lower() in _OTHER_SUFFIXES else ""
@@ -169,13 +174,21 @@ def _is_zip(source: str) -> bool:
     try:
         with filesystem.open_input_file(path) as file:
             return zipfile.is_zipfile(file)
+    except ValueError:  # pyarrow refuses to seek before the start: too small for a zip
+        return False
     except OSError as error:
         raise SourceError(f"{source} cannot be read: {type(error).__name__}") from error
 
 
-@lru_cache(maxsize=2)
 def _open_zip(source: str) -> zipfile.ZipFile:
-    """Open an archive once per process; its directory is not read anew per member."""
+    """Open an archive once per process and version of the file."""
+    filesystem, path = storage.filesystem(source)
+    info = filesystem.get_file_info(path)
+    return _open_zip_version(source, info.size, info.mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _open_zip_version(source: str, size: int, mtime_ns: int) -> zipfile.ZipFile:
     filesystem, path = storage.filesystem(source)
     try:
         return zipfile.ZipFile(io.BufferedReader(filesystem.open_input_file(path)))

@@ -5,6 +5,7 @@ here.
 """
 
 import io
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Final
@@ -12,8 +13,8 @@ from typing import Final
 import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
-from pydicom.pixels import apply_modality_lut, apply_voi_lut
-from pydicom.uid import UID
+from pydicom.pixels import apply_modality_lut, get_decoder
+from pydicom.uid import UID, ImplicitVRLittleEndian
 
 from bt_core.errors import ScanError
 from bt_core.scans.intensity import to_uint8
@@ -24,9 +25,10 @@ _GREY: Final = ("MONOCHROME1", "MONOCHROME2")
 
 def is_dicom(content: bytes, hint: str = "") -> bool:
     """Return whether bytes carry the DICOM prefix, or the name or media type says DICOM."""
-    return content[_PREAMBLE : _PREAMBLE + 4] == b"DICM" or hint.lower().endswith(
-        (".dcm", ".dicom", "application/dicom")
-    )
+    if content[_PREAMBLE : _PREAMBLE + 4] == b"DICM":
+        return True
+    named = hint.lower().endswith((".dcm", ".dicom", "application/dicom"))
+    return named and content[:2] in (b"\2\0", b"\x08\0")  # group 0002 or 0008 comes first
 
 
 def decode(
@@ -47,16 +49,16 @@ def decode(
     Raises:
         ScanError: with a reason code and no header value but sizes and the transfer syntax.
     """
+    # pydicom sends the same texts to its logger, whatever becomes of the warnings.
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dataset = _read(content)
         _check_header(dataset, check_size)
+        _check_decoder(UID(dataset.file_meta.TransferSyntaxUID))
         try:
             stored = dataset.pixel_array
         except (NotImplementedError, RuntimeError, AttributeError) as error:
-            syntax = UID(dataset.file_meta.TransferSyntaxUID)
-            if syntax.is_compressed and not isinstance(error, AttributeError):
-                raise ScanError("transfer_syntax_unsupported", syntax.name) from None
             raise ScanError("corrupt_image", type(error).__name__) from None
         except (ValueError, EOFError) as error:
             raise ScanError("truncated_image", type(error).__name__) from None
@@ -65,16 +67,31 @@ def decode(
 
 def _read(content: bytes) -> pydicom.Dataset:
     try:
-        dataset = pydicom.dcmread(io.BytesIO(content))
+        dataset = pydicom.dcmread(io.BytesIO(content), force=True)
     except InvalidDicomError:
         raise ScanError("unsupported_type", "no DICOM header") from None
-    if "TransferSyntaxUID" not in getattr(dataset, "file_meta", {}):
+    bare = not dataset.file_meta and content[:2] == b"\x08\0"
+    if bare and dataset.original_encoding == (True, True):  # PS3.5: the default syntax
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    if "TransferSyntaxUID" not in dataset.file_meta:
         raise ScanError("corrupt_image", "no transfer syntax")
     return dataset
 
 
+def _check_decoder(syntax: UID) -> None:
+    """Tell a missing decoder from damaged data before either is tried."""
+    try:
+        available = get_decoder(syntax).is_available
+    except NotImplementedError:
+        available = False
+    if not available:
+        raise ScanError("transfer_syntax_unsupported", syntax.name)
+
+
 def _check_header(dataset: pydicom.Dataset, check_size: Callable[[int, int], None]) -> None:
     if "PixelData" not in dataset:
+        if len(dataset) == 0:  # what pydicom gives for compressed pixels that end early
+            raise ScanError("truncated_image", "no data set")
         raise ScanError("no_pixel_data")
     frames = int(dataset.get("NumberOfFrames", 1) or 1)
     if frames != 1:
@@ -93,14 +110,20 @@ def _render(
     bit_depth = int(dataset.get("BitsStored", stored.dtype.itemsize * 8))
     if stored.ndim == 3:  # a colour secondary capture
         grey = stored[..., :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+        grey *= 255.0 / (2**bit_depth - 1)
         return np.clip(np.rint(grey), 0, 255).astype(np.uint8), bit_depth, ("colour to grey",)
     steps: list[str] = []
     values = apply_modality_lut(stored, dataset)
-    if "RescaleSlope" in dataset or "ModalityLUTSequence" in dataset:
+    if dataset.get("ModalityLUTSequence") or None not in (
+        dataset.get("RescaleSlope"),
+        dataset.get("RescaleIntercept"),
+    ):
         steps.append("modality LUT")
-    if "VOILUTSequence" in dataset or "WindowWidth" in dataset:
-        windowed = apply_voi_lut(values, dataset, index=0)
-        image_HW = to_uint8(windowed, *_window_output_range(dataset))
+    if dataset.get("VOILUTSequence"):
+        image_HW = _look_up(values, dataset.VOILUTSequence[0])
+        steps.append("VOI LUT or window")
+    elif None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
+        image_HW = _window(values, dataset)
         steps.append("VOI LUT or window")
     else:
         image_HW = to_uint8(values)
@@ -111,14 +134,26 @@ def _render(
     return image_HW, bit_depth, tuple(steps)
 
 
-def _window_output_range(dataset: pydicom.Dataset) -> tuple[float, float]:
-    """Return the values that black and white have after `apply_voi_lut`."""
-    if "VOILUTSequence" in dataset:
-        bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
-        return 0.0, float(2**bits - 1)
-    bits = int(dataset.BitsStored)
-    signed = int(dataset.PixelRepresentation) == 1
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    slope = float(dataset.get("RescaleSlope", 1) or 1)
-    intercept = float(dataset.get("RescaleIntercept", 0) or 0)
-    return low * slope + intercept, high * slope + intercept
+def _look_up(values: np.ndarray, item: pydicom.Dataset) -> np.ndarray:
+    """Apply a VOI LUT; pydicom 3.0 wraps the indices of tables with 8-bit entries."""
+    entries, first, bits = item.LUTDescriptor
+    data = item.LUTData
+    table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.asarray(data)
+    index = np.clip(np.rint(values) - first, 0, min(entries or 2**16, len(table)) - 1)
+    return to_uint8(table[index.astype(int)], 0.0, float(2**bits - 1))
+
+
+def _window(values: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
+    """Apply the first window: PS3.3 C.11.2.1.2 and C.11.2.1.3."""
+    center, width = (
+        float(np.ravel(dataset[name].value)[0]) for name in ("WindowCenter", "WindowWidth")
+    )
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
+    if width < (1 if function == "LINEAR" else 1e-9):
+        raise ScanError("corrupt_image", "window without a width")
+    values = values.astype(np.float64)
+    if function == "SIGMOID":
+        return to_uint8(1 / (1 + np.exp(-4 * (values - center) / width)), 0.0, 1.0)
+    if function == "LINEAR":
+        center, width = center - 0.5, max(width - 1, 1e-9)
+    return to_uint8(values, center - width / 2, center + width / 2)

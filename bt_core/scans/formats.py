@@ -6,6 +6,7 @@ PNGs).
 """
 
 import io
+import warnings
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +24,7 @@ MAX_SIDE_PX: Final = 16_384
 
 _PILLOW_FORMATS: Final = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 _EXIF_ORIENTATION: Final = 0x0112
+_TIFF_PHOTOMETRIC: Final = 262
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ def _decode_dicom(content: bytes) -> DecodedScan:
 
 def _decode_picture(content: bytes) -> DecodedScan:
     try:
-        header = Image.open(io.BytesIO(content), formats=_PILLOW_FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that check_size refuses
+            header = Image.open(io.BytesIO(content), formats=_PILLOW_FORMATS)
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, OSError) as error:
         if isinstance(error, Image.DecompressionBombError):
             raise ScanError("image_too_large") from None
@@ -96,18 +100,27 @@ def _decode_picture(content: bytes) -> DecodedScan:
     if getattr(header, "n_frames", 1) > 1:
         raise ScanError("multi_frame")
     steps: list[str] = []
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    image: np.ndarray | None
+    if header.format == "TIFF" and header.mode == "RGBA":  # OpenCV multiplies it by alpha
+        image = np.asarray(header)[:, :, [2, 1, 0, 3]]
+    else:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None:
         raise ScanError(_damage(header))
     if image.shape[:2] != (header.height, header.width):
         raise ScanError("corrupt_image", "decoded size differs from the header")
     bit_depth = image.dtype.itemsize * 8
     image_HW = _grey(image, steps)
+    tags = header.getexif()
+    white_is_zero = header.format == "TIFF" and tags.get(_TIFF_PHOTOMETRIC) == 0
+    if white_is_zero and image_HW.dtype == np.uint16:  # OpenCV inverts 8 bits only
+        image_HW = 65535 - image_HW
+        steps.append("white-is-zero inverted")
     if image_HW.dtype != np.uint8:
         image_HW = to_uint8(image_HW)
         steps.append("percentile scaling to 8 bit")
-    orientation = header.getexif().get(_EXIF_ORIENTATION, 1)
-    if orientation in _EXIF_TRANSFORMS:
+    orientation = tags.get(_EXIF_ORIENTATION, 1)
+    if orientation in _EXIF_TRANSFORMS and header.format != "TIFF":  # OpenCV turned TIFF upright
         image_HW = _EXIF_TRANSFORMS[orientation](image_HW)
         steps.append(f"EXIF orientation {orientation}")
     return DecodedScan(np.ascontiguousarray(image_HW), str(header.format), bit_depth, tuple(steps))

@@ -61,7 +61,9 @@ def test_a_run_is_complete_and_validates_every_validation_scan(chain):
     assert all(figures["val_scans"] == len(expected) for figures in history)
     best = max(history, key=lambda figures: figures["val_score"])
     assert run.info.best_epoch == best["epoch"]
-    predicted = [max(range(4), key=logits.__getitem__) for logits in validation["logits"].to_pylist()]
+    predicted = [
+        max(range(4), key=logits.__getitem__) for logits in validation["logits"].to_pylist()
+    ]
     right = sum(p == t for p, t in zip(predicted, validation["label"].to_pylist(), strict=True))
     assert right / len(expected) == pytest.approx(best["val_accuracy"])
     assert (chain.runs[0] / "curves.png").stat().st_size > 5_000

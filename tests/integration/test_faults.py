@@ -1,4 +1,4 @@
-"""Damaged input, wrong use and killed workers: a clear message, the right exit code, no lost row."""
+"""Damaged input, wrong use and killed workers: a clear message, an exit code, no lost row."""
 
 import json
 import os
@@ -146,9 +146,7 @@ def test_wrong_use_is_one_line_and_exit_code_2(chain, tmp_path, capfd):
     for name, (words, expected) in wrong_uses(chain, tmp_path).items():
         capfd.readouterr()
         code = bt(*words)
-        errors = [
-            line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")
-        ]
+        errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
         assert code == 2, name
         assert len(errors) == 1, name
         assert expected in errors[0], name

@@ -65,9 +65,9 @@ def faults_of(path: Path) -> list[str]:
         if top in TOP_LEVEL and top != own_top and top not in TOP_LEVEL[own_top]:
             faults.append(f"{relative} imports {module}")
         part = rest[0] if rest else ""
-        if own_top == top == "bt_core" and part in ALLOWED and own_part in ALLOWED:
-            if part != own_part and part not in ALLOWED[own_part]:
-                faults.append(f"{relative} imports {module}")
+        inside = own_top == top == "bt_core" and part in ALLOWED and own_part in ALLOWED
+        if inside and part != own_part and part not in ALLOWED[own_part]:
+            faults.append(f"{relative} imports {module}")
     return faults
 
 

@@ -1,0 +1,207 @@
+"""One scan, three paths: training input, batch scoring and HTTP see the same tensor and agree."""
+
+import zipfile
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import requests
+import torch
+
+from bt_core.data.catalog import Dataset
+from bt_core.data.decode_stage import DecodeStage
+from bt_core.ensemble.scorer import Scorer
+from bt_core.inference.predictor import Predictor, distinct_specs
+from bt_core.models.bundle import Bundle
+from bt_core.models.inputs import Preprocessor
+from bt_core.models.run import Run
+from bt_core.scans.archives import ScanRef, read_member
+from serve.app import ServeSettings, build, start
+
+pytestmark = pytest.mark.integration
+
+
+SHARED_FIELDS = (
+    "status", "reason", "predicted_label", "prediction_set", "members_used", "seen_in_training",
+    "bundle_id", "preprocess_digest", "content_sha256",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def service(chain):
+    from ray import serve
+
+    from jobs.demo import free_port
+
+    url = start(ServeSettings(bundle=str(chain.bundle)), free_port())
+    yield url
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def refs(chain):
+    """Three scans of every format in the training split, as catalog rows."""
+    rows = Dataset(str(chain.data)).split("train").to_pylist()
+    chosen = [
+        row
+        for kind in ("PNG", "JPEG", "DICOM")
+        for row in [r for r in rows if r["format"] == kind][:3]
+    ]
+    assert len({row["format"] for row in chosen}) == 3
+    return chosen
+
+
+def content_of(row):
+    return read_member(ScanRef(row["scan_id"], row["uri"], row["member"], row["position"]))
+
+
+@pytest.fixture
+def tensors(monkeypatch):
+    """Record every tensor that a model is given in this process."""
+    seen = []
+    original = Preprocessor.batch
+
+    def recorded(self, pixels_BSS):
+        tensor = original(self, pixels_BSS)
+        seen.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(Preprocessor, "batch", recorded)
+    return seen
+
+
+def training_tensors(chain, refs):
+    """What the training loop computes from the shards, before augmentation."""
+    view = next(p for p in (chain.data / "views").iterdir() if p.name.startswith("48px"))
+    shards = {r["scan_id"]: r for r in pq.read_table(view / "split=train").to_pylist()}
+    preprocessor = Preprocessor(Bundle(str(chain.bundle)).info.members[0].preprocess)
+    tensors = []
+    for row in refs:
+        pixels = np.array(shards[row["scan_id"]]["pixels"], np.uint8).reshape(1, 48, 48)
+        tensors.append(preprocessor.normalize(preprocessor.to_unit(torch.from_numpy(pixels))))
+    return tensors
+
+
+def scoring_tensors(chain, refs, tensors):
+    scorer = Scorer(str(chain.bundle), "cpu", 1)
+    columns = {k: np.array([r[k] for r in refs]) for k in ("scan_id", "uri", "member", "position")}
+    specs, _ = distinct_specs([m.preprocess for m in Bundle(str(chain.bundle)).info.members])
+    tensors.clear()
+    for i in range(len(refs)):
+        scorer(DecodeStage(specs)({k: v[i : i + 1] for k, v in columns.items()}))
+    return tensors[:: len(tensors) // len(refs)]
+
+
+def http_tensors(chain, refs, tensors):
+    """Run the real application in this process, where the recorder can see it."""
+    from ray import serve
+    from starlette.requests import Request
+
+    handle = serve.run(build({"bundle": str(chain.bundle)}), _local_testing_mode=True)
+    tensors.clear()
+    for row in refs:
+        content = content_of(row)
+
+        async def receive(content=content):
+            return {"type": "http.request", "body": content, "more_body": False}
+
+        scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/any")]}
+        answer = handle.predict.remote(Request(scope, receive)).result(timeout_s=60)
+        assert answer["results"][0]["seen_in_training"]
+    return tensors[:: len(tensors) // len(refs)]
+
+
+def test_three_paths_give_byte_equal_tensors(chain, refs, tensors):
+    trained = training_tensors(chain, refs)
+    scored = scoring_tensors(chain, refs, tensors)
+    served = http_tensors(chain, refs, tensors)
+    for one, two, three in zip(trained, scored, served, strict=True):
+        assert one.shape == (1, 3, 48, 48)
+        assert one.numpy().tobytes() == two.numpy().tobytes() == three.numpy().tobytes()
+
+
+def test_http_and_batch_scoring_agree_on_every_scan(chain, service):
+    """Probabilities are equal up to the order of float32 sums, which depends on the batch size."""
+    names = Bundle(str(chain.bundle)).info.label_space.names
+    for row in pq.read_table(chain.scores / "scores").to_pylist():
+        ref = ScanRef(row["scan_id"], row["uri"], row["member"], -1)
+        answer = post(service, read_by_name(chain, ref.member))
+        assert {k: answer[k] for k in SHARED_FIELDS} == {k: row[k] for k in SHARED_FIELDS}
+        ours = [row[f"prob_{name}"] for name in names]
+        np.testing.assert_allclose(list(answer["probabilities"].values()), ours, atol=2e-6)
+
+
+def test_the_predictor_repeats_the_validation_logits_of_training(chain):
+    run, dataset = Run(str(chain.runs[0])), Dataset(str(chain.data))
+    bundle = Bundle(str(chain.bundle))
+    predictor = Predictor(bundle)
+    rows = dataset.split("validation").sort_by("scan_id").to_pylist()
+    columns = {k: np.array([r[k] for r in rows]) for k in ("scan_id", "uri", "member", "position")}
+    decoded = DecodeStage(predictor.specs)(columns)
+    logits_MBK = predictor.logits([decoded[f"pixels_{i}"] for i in range(len(predictor.specs))])
+    trained = np.array(run.validation()["logits"].to_pylist())
+    np.testing.assert_allclose(logits_MBK[0], trained, atol=1e-4)
+
+
+def test_an_answer_does_not_depend_on_its_neighbours(chain):
+    bundle = Bundle(str(chain.bundle))
+    predictor = Predictor(bundle)
+    rng = np.random.default_rng(0)
+    pixels_BSS = rng.integers(0, 256, (9, 48, 48), dtype=np.uint8)
+    together = predictor.logits([pixels_BSS])
+    alone = np.concatenate([predictor.logits([pixels_BSS[i : i + 1]]) for i in range(9)], axis=1)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def post(url, content, **options):
+    response = requests.post(f"{url}/v1/predictions", data=content, timeout=60, **options)
+    assert response.status_code == 200, response.text
+    return response.json()["results"][0]
+
+
+def read_by_name(chain, member):
+    with zipfile.ZipFile(chain.archive) as archive:
+        return archive.read(member)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 422, "empty_file"),
+        (b"not a picture", 415, "unsupported_type"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, 422, "corrupt_image"),
+        (b"\0" * (33 * 1024**2), 413, "body_too_large"),
+    ],
+)
+def test_bad_bodies_are_problem_documents(service, body, status, code):
+    answer = requests.post(f"{service}/v1/predictions", data=body, timeout=60)
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert (problem["status"], problem["code"]) == (status, code)
+    assert "/" not in problem["detail"].replace("N/A", ""), "no path leaks"
+
+
+def test_the_service_describes_itself(service, chain):
+    with zipfile.ZipFile(chain.archive) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dcm"))
+        content = archive.read(name)
+    url = f"{service}/v1/predictions"
+    answer = requests.post(url, files={"files": (name, content)}, timeout=60)
+    assert answer.json()["results"][0] == post(service, content)
+    two = [("files", ("a.png", content)), ("files", ("b.png", content))]
+    assert requests.post(url, files=two, timeout=60).status_code == 400
+    assert requests.post(url, data={"files": "text"}, timeout=60).status_code == 415
+    assert requests.get(url, timeout=60).status_code == 405
+    assert requests.get(f"{service}/healthz", timeout=60).json() == {"status": "alive"}
+    bundle_id = Bundle(str(chain.bundle)).info.bundle_id
+    ready = requests.get(f"{service}/readyz", timeout=60).json()
+    assert ready == {"status": "ready", "bundle_id": bundle_id}
+    model = requests.get(f"{service}/v1/model", timeout=60).json()
+    assert model["bundle_id"] == bundle_id
+    assert model["labels"] == ["glioma", "meningioma", "no_tumor", "pituitary"]
+    document = requests.get(f"{service}/openapi.json", timeout=60).json()
+    answers = document["paths"]["/v1/predictions"]["post"]["responses"]
+    assert "example" in answers["200"]["content"]["application/json"]
+    assert set(answers) >= {"200", "400", "413", "415", "422", "503"}
+    assert requests.get(f"{service}/docs", timeout=60).status_code == 200
