@@ -31,7 +31,7 @@ DeviceOption = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto takes GPUs if there are any.")
 ]
 
-_LOCATIONS: Final = frozenset({"source", "bundle", "out", "data", "runs"})
+_LOCATIONS: Final = frozenset({"source", "bundle", "out", "data", "runs", "file"})
 """Parameters that hold paths, made absolute for a submitted job, whose folder is another."""
 
 _SUBMIT = Annotated[

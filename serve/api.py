@@ -1,6 +1,7 @@
 """The HTTP API: the gateway decodes and checks, the ensemble's deployment answers."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -21,7 +22,7 @@ from bt_core.errors import ScanError
 from bt_core.inference.predictor import distinct_specs
 from bt_core.models.bundle import Bundle
 from bt_core.scans.formats import decode_scan
-from bt_core.scans.preprocess import preprocess_pixels
+from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels
 from serve.problems import HTTP_OF_REASON, install_problems, problem
 from serve.schemas import EXAMPLE_PREDICTION, ModelDescription, Predictions, Problem
 
@@ -57,6 +58,18 @@ def _answers(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {
         code: {"model": Problem, "content": content, "description": "Problem"} for code in codes
     }
+
+
+def decode_upload(
+    content: bytes, hint: str, specs: Sequence[PreprocessSpec]
+) -> tuple[list[np.ndarray], str]:
+    """Return an uploaded scan's pixels_SS uint8 for each spec, and its pixel digest.
+
+    Raises:
+        ScanError: with a reason code, if it is not a scan that can be used.
+    """
+    image_HW = decode_scan(content, hint).image_HW
+    return [preprocess_pixels(image_HW, spec) for spec in specs], pixel_digest(image_HW)
 
 
 # Helpers stand above the class: Serve pickles it as it is decorated, with what is defined by then.
@@ -115,13 +128,22 @@ class Gateway:
         """Classify one scan, sent as the multipart field `files` or as the raw body."""
         content, hint = await _read_scan(request)
         try:
-            fields, pixels, pixel_sha256 = await asyncio.to_thread(self._decode, content, hint)
+            pixels, pixel_sha256 = await asyncio.to_thread(
+                decode_upload, content, hint, self._specs
+            )
         except ScanError as error:
             return problem(HTTP_OF_REASON[error.reason], error.reason, str(error))
         try:
             answer = await self._ask(pixels, pixel_sha256)
         except (BackPressureError, DeploymentUnavailableError, RayActorError):
             return problem(503, "overloaded", "no replica could answer in time; try again shortly")
+        digest = storage.sha256(content)
+        fields = {
+            "scan_id": digest[:20],
+            "content_sha256": digest,
+            "bundle_id": self._info.bundle_id,
+            "preprocess_digest": self._preprocess_digest,
+        }
         return {"results": [{**fields, **answer}]}
 
     @api.get("/v1/model", response_model=ModelDescription, operation_id="model", tags=["v1"])
@@ -153,18 +175,6 @@ class Gateway:
         except (TimeoutError, BackPressureError, DeploymentUnavailableError, RayActorError):
             return problem(503, "not_ready", "the ensemble is not loaded yet")
         return JSONResponse({"status": "ready", "bundle_id": loaded})
-
-    def _decode(self, content: bytes, hint: str) -> tuple[dict[str, Any], list[np.ndarray], str]:
-        scan = decode_scan(content, hint)
-        digest = storage.sha256(content)
-        fields = {
-            "scan_id": digest[:20],
-            "content_sha256": digest,
-            "bundle_id": self._info.bundle_id,
-            "preprocess_digest": self._preprocess_digest,
-        }
-        pixels = [preprocess_pixels(scan.image_HW, spec) for spec in self._specs]
-        return fields, pixels, pixel_digest(scan.image_HW)
 
     async def _ask(self, pixels: list[np.ndarray], pixel_sha256: str) -> dict[str, Any]:
         for attempt in range(1, TRIES + 1):

@@ -11,7 +11,7 @@ from torch import nn
 class SmallCnn(nn.Module):
     """Four 3x3 convolution blocks (batch norm, ReLU, max pool), then global average pooling.
 
-    387,840 parameters with the default width, before the head.
+    388,896 parameters with the default width, before the head.
 
     Args:
         width: channels of the first block; each further block doubles them.

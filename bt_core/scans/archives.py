@@ -24,6 +24,7 @@ MAX_MEMBERS: Final = 100_000
 MAX_MEMBER_BYTES: Final = 512 * 1024**2
 MAX_RATIO: Final = 200
 """Unpacked over packed size above which a member larger than 1 MiB counts as a bomb."""
+_SMALL_BYTES: Final = 1024**2
 
 _SYSTEM_NAMES: Final = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 _OTHER_SUFFIXES: Final = frozenset(
@@ -170,20 +171,26 @@ def _skip_reason(name: str) -> str:
 
 
 def _is_zip(source: str) -> bool:
-    filesystem, path = storage.filesystem(source)
+    """Tell by the end record, which stands in the last 64 KiB of every zip."""
     try:
-        with filesystem.open_input_file(path) as file:
-            return zipfile.is_zipfile(file)
-    except ValueError:  # pyarrow refuses to seek before the start: too small for a zip
-        return False
+        return zipfile.is_zipfile(io.BytesIO(_tail(source, 70_000)))
     except OSError as error:
         raise SourceError(f"{source} cannot be read: {type(error).__name__}") from error
+
+
+def _tail(source: str, num_bytes: int) -> bytes:
+    filesystem, path = storage.filesystem(source)
+    with filesystem.open_input_file(path) as file:
+        file.seek(max(0, file.size() - num_bytes))
+        return bytes(file.read(num_bytes))
 
 
 def _open_zip(source: str) -> zipfile.ZipFile:
     """Open an archive once per process and version of the file."""
     filesystem, path = storage.filesystem(source)
     info = filesystem.get_file_info(path)
+    if info.type != fs.FileType.File:
+        raise SourceError(f"{source} is not there any more")
     return _open_zip_version(source, info.size, info.mtime_ns)
 
 
@@ -191,6 +198,8 @@ def _open_zip(source: str) -> zipfile.ZipFile:
 def _open_zip_version(source: str, size: int, mtime_ns: int) -> zipfile.ZipFile:
     filesystem, path = storage.filesystem(source)
     try:
+        if size < _SMALL_BYTES:  # pyarrow's files refuse a seek to before their start
+            return zipfile.ZipFile(io.BytesIO(_tail(source, _SMALL_BYTES)))
         return zipfile.ZipFile(io.BufferedReader(filesystem.open_input_file(path)))
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise SourceError(f"{source} is not a readable zip archive: {error}") from error
@@ -207,7 +216,7 @@ def _refuse_overlap(source: str, infos: list[zipfile.ZipInfo]) -> None:
 def _read_file(location: str) -> bytes:
     filesystem, path = storage.filesystem(location)
     try:
-        with filesystem.open_input_stream(path) as file:
+        with filesystem.open_input_file(path) as file:
             return _capped(bytes(file.read(MAX_MEMBER_BYTES + 1)))
     except OSError as error:
         raise ScanError("io_error", type(error).__name__) from error

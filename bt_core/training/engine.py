@@ -212,9 +212,9 @@ def _train_epoch(
 ) -> dict[str, Any]:
     """Train on at most `steps` batches, the number that every worker has."""
     model.train()
-    generator = torch.Generator().manual_seed(
-        recipe.train.seed * 1_000_003 + epoch * 1_009 + context.rank
-    )
+    seed = recipe.train.seed * 1_000_003 + epoch * 1_009 + context.rank
+    torch.manual_seed(seed)  # for dropout: an epoch draws the same whether or not it was resumed
+    generator = torch.Generator().manual_seed(seed)
     total_loss = torch.zeros((), device=context.device)
     num_images, num_steps, waited = 0, 0, 0.0
     started = time.perf_counter()

@@ -10,13 +10,15 @@ import torch
 
 from bt_core.data.catalog import Dataset
 from bt_core.data.decode_stage import DecodeStage
+from bt_core.ensemble.ensemble import Ensemble
 from bt_core.ensemble.scorer import Scorer
 from bt_core.inference.predictor import Predictor, distinct_specs
 from bt_core.models.bundle import Bundle
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.run import Run
 from bt_core.scans.archives import ScanRef, read_member
-from serve.app import ServeSettings, build, start
+from serve.api import decode_upload
+from serve.app import ServeSettings, start
 
 pytestmark = pytest.mark.integration
 
@@ -93,21 +95,13 @@ def scoring_tensors(chain, refs, tensors):
 
 
 def http_tensors(chain, refs, tensors):
-    """Run the real application in this process, where the recorder can see it."""
-    from ray import serve
-    from starlette.requests import Request
-
-    handle = serve.run(build({"bundle": str(chain.bundle)}), _local_testing_mode=True)
+    """What the gateway decodes and the ensemble's deployment is given, in this process."""
+    ensemble = Ensemble(Bundle(str(chain.bundle)))
     tensors.clear()
     for row in refs:
-        content = content_of(row)
-
-        async def receive(content=content):
-            return {"type": "http.request", "body": content, "more_body": False}
-
-        scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"image/any")]}
-        answer = handle.predict.remote(Request(scope, receive)).result(timeout_s=60)
-        assert answer["results"][0]["seen_in_training"]
+        pixels, digest = decode_upload(content_of(row), row["member"], ensemble.specs)
+        answer = ensemble.answer([image_SS[None] for image_SS in pixels], [digest])[0]
+        assert answer["seen_in_training"]
     return tensors[:: len(tensors) // len(refs)]
 
 

@@ -1,0 +1,235 @@
+"""Classifiers and bundles, without Ray."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bt_core import storage
+from bt_core.ensemble.ensemble import Ensemble
+from bt_core.errors import BundleError, ConfigError, WeightsError
+from bt_core.inference.predictor import Predictor, distinct_specs
+from bt_core.labels import LABEL_SPACES
+from bt_core.models.bundle import (
+    Bundle,
+    BundleInfo,
+    MemberInfo,
+    ReviewInfo,
+    index_key,
+    write_bundle,
+)
+from bt_core.models.classifier import build_classifier, build_head, rebuild_classifier
+from bt_core.models.inputs import Preprocessor
+from bt_core.models.spec import HeadSpec, ModelSpec
+from bt_core.scans.preprocess import ClaheSpec, PreprocessSpec
+
+TINY = ModelSpec(backbone="cnn_small", backbone_args={"width": 4}, weights="none")
+SPACE = LABEL_SPACES["four_class"]
+
+
+def make_bundle(location, sizes=(32, 48), **changes):
+    members, weights = [], {}
+    for i, size in enumerate(sizes):
+        torch.manual_seed(i)
+        model, spec, preprocess = build_classifier(TINY, PreprocessSpec(size_px=size), 4)
+        name = f"m{i}"
+        members.append(
+            MemberInfo(
+                name=name,
+                model=spec,
+                preprocess=preprocess,
+                golden_digest=Preprocessor(preprocess).golden_digest,
+                weight=1 / len(sizes),
+                temperature=1.5,
+            )
+        )
+        weights[name] = model.state_dict()
+    review = ReviewInfo(
+        min_confidence=0.3, target_accuracy=0.98, conformal_level=0.9, conformal_min_prob=0.2
+    )
+    info = BundleInfo(
+        label_space=SPACE, members=tuple(members), temperature=0.9, review=review, metrics={},
+        provenance={}, **changes,
+    )  # fmt: skip
+    return write_bundle(str(location), info, weights, ["ab" * 32], "card of {bundle_id}")
+
+
+def test_a_bundle_comes_back_as_it_was_written(tmp_path):
+    info = make_bundle(tmp_path / "b")
+    bundle = Bundle(str(tmp_path / "b"))
+    assert bundle.info == info
+    assert bundle.training_index() == {index_key("ab" * 32)}
+    assert info.bundle_id in (tmp_path / "b" / "MODEL_CARD.md").read_text()
+    torch.manual_seed(1)
+    expected = build_classifier(TINY, PreprocessSpec(size_px=48), 4)[0].eval()
+    loaded = bundle.load_member(info.members[1])
+    images = torch.rand(2, 3, 48, 48)
+    assert torch.equal(expected(images), loaded(images))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_any_changed_byte_is_noticed(tmp_path_factory, data):
+    """A flipped byte in any file that decides an answer makes the bundle unusable."""
+    location = tmp_path_factory.mktemp("bundle") / "b"
+    info = make_bundle(location, sizes=(32,))
+    path = location / data.draw(st.sampled_from(sorted([*info.files, "bundle.json"])))
+    content = bytearray(path.read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    content[position] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    try:
+        same = Bundle(str(location)).info == info
+    except BundleError:
+        return
+    assert same, "only whitespace of bundle.json may change unnoticed"
+
+
+def test_a_missing_file_and_a_newer_format_are_refused(tmp_path):
+    make_bundle(tmp_path / "b")
+    (tmp_path / "b" / "members" / "m1" / "config.json").unlink()
+    with pytest.raises(BundleError, match=r"m1/config.json is missing"):
+        Bundle(str(tmp_path / "b"))
+    make_bundle(tmp_path / "c", format_version=99)
+    with pytest.raises(BundleError, match="format 99"):
+        Bundle(str(tmp_path / "c"))
+
+
+def test_weights_of_another_architecture_do_not_load(tmp_path):
+    info = make_bundle(tmp_path / "b", sizes=(32,))
+    other = info.members[0].model_copy(
+        update={"model": TINY.model_copy(update={"backbone_args": {"width": 8}})}
+    )
+    with pytest.raises(BundleError, match="does not fit"):
+        Bundle(str(tmp_path / "b")).load_member(other)
+
+
+def test_a_host_that_preprocesses_differently_may_not_score(tmp_path):
+    make_bundle(tmp_path / "b", sizes=(32,))
+    bundle = Bundle(str(tmp_path / "b"))
+    member = bundle.info.members[0].model_copy(update={"golden_digest": "0" * 64})
+    bundle.info = bundle.info.model_copy(update={"members": (member,)})
+    with pytest.raises(BundleError, match="golden image"):
+        Predictor(bundle)
+
+
+def test_an_ensemble_answers_for_each_scan_and_knows_training_scans(tmp_path):
+    make_bundle(tmp_path / "b")
+    ensemble = Ensemble(Bundle(str(tmp_path / "b")))
+    rng = np.random.default_rng(0)
+    pixels = [
+        rng.integers(0, 256, (5, s.size_px, s.size_px), dtype=np.uint8) for s in ensemble.specs
+    ]
+    answers = ensemble.answer(pixels, ["ab" * 32, "cd" * 32, "ef" * 32, "01" * 32, "23" * 32])
+    assert [a["seen_in_training"] for a in answers] == [True, False, False, False, False]
+    for answer in answers:
+        assert sum(answer["probabilities"].values()) == pytest.approx(1)
+        assert (answer["status"] == "deferred") == (answer["confidence"] < 0.3)
+        assert (answer["reason"] == "low_confidence") == (answer["status"] == "deferred")
+        assert 0 < answer["entropy"] <= np.log(4) + 1e-9
+
+
+def test_specs_that_differ_in_normalisation_alone_share_their_pixels():
+    one = PreprocessSpec(size_px=64, mean=(0.5,) * 3, std=(0.5,) * 3)
+    two = one.model_copy(update={"mean": (0.4, 0.4, 0.4)})
+    three = one.model_copy(update={"clahe": ClaheSpec()})
+    distinct, places = distinct_specs([one, two, three, one])
+    assert distinct == (one, three)
+    assert places == (0, 0, 1, 0)
+
+
+def test_normalisation_by_hand():
+    spec = PreprocessSpec(size_px=32, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0))
+    tensor = Preprocessor(spec).batch(np.full((2, 32, 32), 51, np.uint8))
+    assert tensor.shape == (2, 3, 32, 32)
+    expected = [(0.2 - 0.1) / 0.5, 0.0, (0.2 - 0.3) / 1.0]
+    np.testing.assert_allclose(tensor[1, :, 5, 5], expected, atol=1e-7)
+    with pytest.raises(ValueError, match="resolve mean and std"):
+        Preprocessor(PreprocessSpec())
+
+
+def test_the_small_network_has_the_stated_size():
+    model, _, preprocess = build_classifier(
+        ModelSpec(backbone="cnn_small", weights="none"), PreprocessSpec(), 4
+    )
+    assert sum(p.numel() for p in model.backbone.parameters()) == 388_896
+    assert preprocess.mean == (0.5, 0.5, 0.5)
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 4)
+
+
+def test_heads_have_the_widths_of_their_spec():
+    head = build_head(1280, 4, HeadSpec(hidden=(128, 16), dropout=0.5))
+    linear = [m for m in head if isinstance(m, torch.nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(1280, 128), (128, 16), (16, 4)]
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny_patch16_224"])
+def test_any_timm_backbone_becomes_a_classifier(backbone):
+    spec = ModelSpec(backbone=backbone, weights="none")
+    model, resolved, preprocess = build_classifier(spec, PreprocessSpec(), 4)
+    images = torch.rand(1, 3, 224, 224)
+    assert model(images).shape == (1, 4)
+    assert torch.equal(model.eval()(images), model.forward_head(model.forward_features(images)))
+    assert preprocess.mean is not None
+    rebuilt = rebuild_classifier(resolved, 4)
+    rebuilt.load_state_dict(model.state_dict())
+    assert torch.equal(rebuilt(images), model(images))
+
+
+def test_weights_come_from_a_timm_folder_with_its_arguments(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(7)
+    source = timm.create_model("mobilenetv2_050", num_classes=10, pad_type="same")
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    config = {
+        "architecture": "mobilenetv2_050", "num_classes": 10, "model_args": {"pad_type": "same"},
+        "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 224, 224],
+                           "classifier": "classifier", "first_conv": "conv_stem"},
+    }  # fmt: skip
+    storage.write_json(str(tmp_path / "config.json"), config)
+    spec = ModelSpec(backbone="mobilenetv2_050", weights=f"local-dir:{tmp_path}")
+    model, resolved, preprocess = build_classifier(spec, PreprocessSpec(), 4)
+    assert torch.equal(model.backbone.conv_stem.weight, source.conv_stem.weight)
+    assert resolved.backbone_args == {"pad_type": "same"}
+    assert preprocess.std == (0.25, 0.25, 0.25)
+    rebuilt = rebuild_classifier(resolved, 4)
+    rebuilt.load_state_dict(model.state_dict())
+    images = torch.rand(1, 3, 96, 96)
+    assert torch.equal(rebuilt(images), model.eval()(images))
+    wrong = ModelSpec(backbone="resnet18", weights=f"local-dir:{tmp_path}")
+    with pytest.raises(WeightsError, match=r"'mobilenetv2_050'.*'resnet18'"):
+        build_classifier(wrong, PreprocessSpec(), 4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "text"),
+    [
+        ({"backbone": "mobilenetv9", "weights": "none"}, ConfigError, "near: mobilenet"),
+        ({"backbone": "cnn_small", "weights": "hub"}, WeightsError, "model.weights=none"),
+        ({"backbone": "resnet18", "weights": "local-dir:/nowhere"}, WeightsError, "hub or none"),
+        ({"backbone": "resnet18", "weights": "hub"}, WeightsError, "local-dir:PATH"),
+        (
+            {"backbone": "resnet18", "weights": "none", "backbone_args": {"wings": 2}},
+            ConfigError,
+            "wings",
+        ),
+    ],
+)
+def test_what_cannot_be_built_says_why_and_what_else(spec, error, text):
+    with pytest.raises(error, match=text):
+        build_classifier(ModelSpec(**spec), PreprocessSpec(), 4)
+
+
+def test_bundle_json_is_plain_json(tmp_path):
+    make_bundle(tmp_path / "b")
+    content = json.loads((tmp_path / "b" / "bundle.json").read_text())
+    assert set(content["files"]) == {
+        "training_index.safetensors",
+        *(f"members/m{i}/{f}" for i in (0, 1) for f in ("config.json", "model.safetensors")),
+    }

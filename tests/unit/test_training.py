@@ -1,0 +1,209 @@
+"""The engine without Ray: it learns, goes on where it was, and draws the same numbers again."""
+
+import numpy as np
+import pytest
+import torch
+
+from bt_core.models.classifier import build_classifier
+from bt_core.models.inputs import Preprocessor
+from bt_core.models.spec import ModelSpec
+from bt_core.scans.preprocess import PreprocessSpec
+from bt_core.training.augment import augment
+from bt_core.training.engine import (
+    Predictions,
+    build_optimizer,
+    build_schedule,
+    fit,
+    steps_per_epoch,
+    stopped_early,
+    worker_batch_size,
+)
+from bt_core.training.launch import plan_scaling
+from bt_core.training.recipe import AugmentSpec, Recipe, TrainSpec
+
+SIDE = 32
+
+
+def toy_scans(num, seed=0):
+    """Class 0 is bright on the left, class 1 at the top: a mirror image keeps neither apart."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 60, (num, SIDE, SIDE), dtype=np.uint8)
+    labels = np.arange(num) % 2
+    pixels[labels == 0, :, : SIDE // 3] += 150
+    pixels[labels == 1, : SIDE // 3, :] += 150
+    return {
+        "scan_id": np.array([f"{i:04d}" for i in range(num)]),
+        "pixels": pixels,
+        "label": labels,
+    }
+
+
+class AloneContext:
+    """`TrainContext` for one process, with checkpoints in memory."""
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, stop_after=None):
+        self.train, self.validation = toy_scans(64), toy_scans(30, seed=1)
+        self.state, self.metrics, self.predictions = None, [], None
+        self.stop_after = stop_after
+
+    def train_batches(self, epoch):
+        order = np.random.default_rng(epoch).permutation(64)
+        for i in range(0, 64, 16):
+            yield {k: v[order[i : i + 16]] for k, v in self.train.items()}
+
+    def validation_batches(self):
+        yield {k: v[:20] for k, v in self.validation.items()}
+        yield {k: v[20:] for k, v in self.validation.items()}
+
+    def wrap(self, model):
+        return model
+
+    def gather(self, own):
+        return own
+
+    def restore(self):
+        return self.state
+
+    def report(self, metrics, state, predictions):
+        self.metrics.append(metrics)
+        self.state = {
+            k: {n: t.clone() for n, t in v.items()} if k == "model" else v for k, v in state.items()
+        }
+        self.predictions = predictions
+        if metrics["epoch"] == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def toy_recipe(**train):
+    return Recipe(
+        name="toy",
+        task="binary",
+        preprocess=PreprocessSpec(size_px=SIDE),
+        augment=AugmentSpec(horizontal_flip=False, rotation_degrees=5),
+        model=ModelSpec(backbone="cnn_small", backbone_args={"width": 4}, weights="none"),
+        train=TrainSpec(**{"epochs": 4, "batch_size": 16, "learning_rate": 0.01, **train}),
+    )
+
+
+def run(context, recipe):
+    torch.manual_seed(0)
+    model, _, preprocess = build_classifier(recipe.model, recipe.preprocess, 2)
+    fit(context, model, recipe, Preprocessor(preprocess), [32, 32])
+    return model
+
+
+def test_the_loop_learns_and_validates_every_scan():
+    context = AloneContext()
+    run(context, toy_recipe(epochs=6))
+    assert [m["epoch"] for m in context.metrics] == [1, 2, 3, 4, 5, 6]
+    assert context.metrics[-1]["loss"] < 0.5 * context.metrics[0]["loss"]
+    assert context.metrics[-1]["val_accuracy"] > 0.9
+    assert context.metrics[-1]["val_scans"] == 30 == len(context.predictions.scan_id)
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights():
+    straight = AloneContext()
+    expected = run(straight, toy_recipe()).state_dict()
+    broken = AloneContext(stop_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, toy_recipe())
+    broken.stop_after = None
+    resumed = run(broken, toy_recipe()).state_dict()
+    assert [m["epoch"] for m in broken.metrics] == [1, 2, 3, 4]
+    for name, tensor in expected.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_early_stopping_counts_from_the_best_epoch():
+    scores = [0.5, 0.7, 0.6, 0.65]
+    history = [{"val_score": score} for score in scores]
+    assert not stopped_early(history, None)
+    assert not stopped_early(history, 3)
+    assert stopped_early(history, 2)
+    context = AloneContext()
+    run(context, toy_recipe(epochs=30, patience=1, learning_rate=0.02))
+    assert len(context.metrics) < 30
+
+
+def test_a_diverging_run_says_so():
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        run(AloneContext(), toy_recipe(learning_rate=1e30, optimizer="sgd", schedule="constant"))
+
+
+@pytest.mark.parametrize(
+    ("scans", "batch", "workers", "size", "steps"),
+    [(100, 32, 1, 32, 3), (100, 32, 2, 16, 3), (10, 32, 1, 10, 1), (101, 10, 4, 2, 12)],
+)
+def test_every_worker_has_the_same_number_of_full_batches(scans, batch, workers, size, steps):
+    assert worker_batch_size(scans, batch, workers) == size
+    assert steps_per_epoch(scans, batch, workers) == steps
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "constant"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_schedules_last_for_every_step_of_the_run(schedule, optimizer):
+    train = TrainSpec(schedule=schedule, optimizer=optimizer, learning_rate=0.1)
+    stepped = build_optimizer(torch.nn.Linear(2, 2), train)
+    scheduler = build_schedule(stepped, train, total_steps=10)
+    rates = []
+    for _ in range(10):
+        rates.append(scheduler.get_last_lr()[0])
+        stepped.step()
+        scheduler.step()
+    assert max(rates) == pytest.approx(0.1, rel=0.05)
+    assert (rates[-1] < 0.02) == (schedule != "constant")
+
+
+def test_norms_and_biases_are_not_decayed():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    groups = build_optimizer(model, TrainSpec(weight_decay=0.1)).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert [len(g["params"]) for g in groups] == [1, 3]
+
+
+def test_augmentation_is_seeded_bounded_and_per_image():
+    images = torch.rand(1, 1, SIDE, SIDE).repeat(8, 1, 1, 1)
+    spec = AugmentSpec()
+    one = augment(images, spec, torch.Generator().manual_seed(3))
+    two = augment(images, spec, torch.Generator().manual_seed(3))
+    assert torch.equal(one, two)
+    assert not torch.equal(one[0], one[1])
+    assert one.min() >= 0
+    assert one.max() <= 1
+    assert one.shape == images.shape
+
+
+def test_augmentation_with_nothing_to_do_changes_nothing():
+    images = torch.rand(4, 1, SIDE, SIDE)
+    spec = AugmentSpec(horizontal_flip=False, rotation_degrees=0, zoom=0, contrast=0)
+    torch.testing.assert_close(augment(images, spec, torch.Generator()), images, rtol=0, atol=1e-5)
+
+
+def test_a_flip_is_the_mirror_image():
+    images = torch.rand(32, 1, SIDE, SIDE)
+    spec = AugmentSpec(rotation_degrees=0, zoom=0, contrast=0)
+    flipped = augment(images, spec, torch.Generator().manual_seed(0))
+    same = torch.isclose(flipped, images, atol=1e-4).flatten(1).all(1)
+    mirrored = torch.isclose(flipped, images.flip(3), atol=1e-4).flatten(1).all(1)
+    assert (same ^ mirrored).all()
+    assert 4 < mirrored.sum() < 28
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "expected"),
+    [(None, 2.0, (1, 1.0)), (2, 2.0, (2, 0.5)), (1, 1.0, (1, 0.5)), (4, 16.0, (4, 3.75))],
+)
+def test_workers_leave_a_cpu_to_ray_data(workers, cpus, expected):
+    scaling = plan_scaling(workers, "cpu", cpus, 0)
+    assert (scaling.num_workers, scaling.cpus_per_worker) == expected
+    assert scaling.num_workers * scaling.cpus_per_worker < cpus or cpus == 1.0
+
+
+def test_gpu_workers_default_to_one_for_each_gpu():
+    assert plan_scaling(None, "cuda", 32, 4).num_workers == 4
+
+
+def test_empty_predictions_are_a_fresh_list_each():
+    assert Predictions().scan_id is not Predictions().scan_id
