@@ -1,6 +1,7 @@
 """Runs a command of this project as a job on a Ray cluster, as `ray job submit` would."""
 
 import asyncio
+import logging
 import os
 import shlex
 import sys
@@ -59,6 +60,7 @@ def _client(address: str) -> "JobSubmissionClient":
     token = Path("~/.ray/auth_token").expanduser()
     has_token = token.exists() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+    logging.getLogger("ray").setLevel(logging.ERROR)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 

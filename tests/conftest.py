@@ -28,7 +28,7 @@ def bt_process(*words: object, **options: object) -> subprocess.CompletedProcess
 
 
 @pytest.fixture(scope="session")
-def ray_session():
+def ray_session(_environment):
     """One local Ray with two logical CPUs."""
     import ray
 
@@ -72,6 +72,7 @@ def chain(ray_session, tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quiet_environment():
-    """Nothing in the tests may ask a model hub; what needs it must say so instead of waiting."""
+def _environment():
+    """No test asks a model hub; a job that Ray starts as `python` finds this environment's."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
