@@ -136,7 +136,13 @@ def move_dir(source: str, target: str) -> None:
     filesystem_, source_path = filesystem(source)
     _, target_path = filesystem(target)
     filesystem_.create_dir(os.path.dirname(target_path), recursive=True)
-    filesystem_.move(source_path, target_path)
+    if isinstance(filesystem_, fs.LocalFileSystem):
+        filesystem_.move(source_path, target_path)
+        return
+    # Object stores have no folders to rename; files are copied, markers (JSON) last.
+    for name in sorted(list_files(source), key=lambda name: name.endswith(".json")):
+        filesystem_.copy_file(f"{source_path}/{name}", f"{target_path}/{name}")
+    filesystem_.delete_dir(source_path)
 
 
 def remove_file(location: str) -> None:

@@ -17,11 +17,12 @@ _TOKEN_FILE = Path("~/.ray/auth_token")
 
 @dataclass(frozen=True)
 class Resources:
-    """What the cluster has in all: logical CPUs, GPUs, and nodes that are alive."""
+    """What the cluster has in all: logical CPUs, GPUs, living nodes, CPUs of the largest."""
 
     num_cpus: float
     num_gpus: float
     num_nodes: int
+    largest_node_cpus: float
 
     def scorers(self, device: str) -> tuple[int, float, float]:
         """Return number of scoring actors, CPUs and GPUs of each.
@@ -44,7 +45,8 @@ def session(num_cpus: int | None = None) -> Iterator[Resources]:
     closed to others.
 
     Args:
-        num_cpus: logical CPUs of a local Ray; None takes all cores.
+        num_cpus: logical CPUs of a local Ray; None takes all cores, and two at least, since an
+            actor and the tasks that feed it need one each.
 
     Raises:
         UsageError: if the cluster cannot be reached.
@@ -54,10 +56,12 @@ def session(num_cpus: int | None = None) -> Iterator[Resources]:
         _init(num_cpus)
     try:
         resources = ray.cluster_resources()
+        nodes = [node for node in ray.nodes() if node["Alive"]]
         found = Resources(
             num_cpus=float(resources.get("CPU", 0)),
             num_gpus=float(resources.get("GPU", 0)),
-            num_nodes=sum(bool(node["Alive"]) for node in ray.nodes()),
+            num_nodes=len(nodes),
+            largest_node_cpus=max(float(n["Resources"].get("CPU", 0)) for n in nodes),
         )
         if started:
             logger.info(
@@ -94,7 +98,8 @@ def _init(num_cpus: int | None) -> None:
         if address:
             ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
             return
-        cores = num_cpus or len(os.sched_getaffinity(0))
+        cores = num_cpus or max(2, len(os.sched_getaffinity(0)))
+        os.environ.setdefault("RAY_task_oom_retries", "2")  # Ray's default is for ever
         ray.init(
             address="local", num_cpus=cores, logging_level=logging.WARNING, log_to_driver=False
         )

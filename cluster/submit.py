@@ -14,8 +14,8 @@ from bt_core.log import logger
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-EXCLUDES: Final = ["/.git", "/.venv", "/runs", "/tests", "**/__pycache__", "/.*_cache", "*.zip"]
-"""Never uploaded: data, results, history."""
+_UPLOADED: Final = frozenset({"bt_core", "cluster", "jobs", "serve", "pyproject.toml"})
+"""The code, and nothing else that may lie in the checkout: no scans, results or history."""
 
 
 def submit(address: str, module: str, arguments: list[str]) -> int:
@@ -79,7 +79,8 @@ def _runtime_env() -> dict[str, object]:
     root = Path(__file__).resolve().parent.parent
     if not (root / "pyproject.toml").is_file():
         return {}
-    return {"working_dir": str(root), "excludes": EXCLUDES}
+    others = [f"/{path.name}" for path in root.iterdir() if path.name not in _UPLOADED]
+    return {"working_dir": str(root), "excludes": [*others, "**/__pycache__"]}
 
 
 async def _stream(client: "JobSubmissionClient", job: str) -> None:

@@ -36,6 +36,7 @@ def run_train(
     overrides = [*(settings or []), f"train.epochs={epochs}"]
     loaded = load_recipe(recipe, RECIPES, overrides)
     dataset = Dataset(data)
+    _apart(_write_view, dataset.location, loaded.model_dump_json())
     sides: dict[str, list[float]] = {"plain": [], "ray": []}
     for number in range(rounds):
         sides["plain"] += _apart(_plain_train_rates, dataset.location, loaded.model_dump_json())
@@ -91,11 +92,23 @@ def run_score(
     return EXIT_OK
 
 
+def _write_view(dataset_location: str, recipe_json: str) -> None:
+    """Write the shards before the rounds, so that no Ray runs beside the plain loop."""
+    from bt_core.data.catalog import Dataset
+    from bt_core.data.pipeline import ensure_view
+    from bt_core.training.recipe import Recipe
+    from cluster.session import session
+
+    with session():
+        ensure_view(Dataset(dataset_location), Recipe.model_validate_json(recipe_json).preprocess)
+
+
 def _plain_train_rates(dataset_location: str, recipe_json: str) -> list[float]:
     import numpy as np
     import torch
 
     from bt_core.data.catalog import Dataset
+    from bt_core.data.pipeline import ensure_view
     from bt_core.models.classifier import build_classifier
     from bt_core.models.inputs import Preprocessor
     from bt_core.training.recipe import Recipe
@@ -103,7 +116,7 @@ def _plain_train_rates(dataset_location: str, recipe_json: str) -> list[float]:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     recipe, dataset = Recipe.model_validate_json(recipe_json), Dataset(dataset_location)
-    view = _view(dataset, recipe)
+    view = ensure_view(dataset, recipe.preprocess)
     table = storage.read_table(storage.join(view, "split=train"))
     side = recipe.preprocess.size_px
     pixels = np.stack(
@@ -127,12 +140,6 @@ def _ray_train_rates(dataset_location: str, recipe_json: str) -> list[float]:
         scaling = plan_scaling(1, "cpu", resources.num_cpus, resources.num_gpus)
         run = train(recipe, Dataset(dataset_location), f"{folder}/run", scaling)
         return [figures["images_per_second"] for figures in run.history()]
-
-
-def _view(dataset: Any, recipe: Any) -> str:
-    from bt_core.data.pipeline import ensure_view
-
-    return ensure_view(dataset, recipe.preprocess)
 
 
 def _plain_score_seconds(bundle: str, source: str, folder: str) -> tuple[int, float]:

@@ -4,13 +4,14 @@ import functools
 import inspect
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import typer
 
 from bt_core import log, storage
-from bt_core.errors import EXIT_FAILED, BtError
+from bt_core.errors import EXIT_FAILED, BtError, UsageError
 
 SourceArgument = Annotated[
     str, typer.Argument(metavar="SOURCE", help="Folder, zip archive or single scan; path or URI.")
@@ -64,17 +65,17 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
         except typer.Exit:
             raise
         except KeyboardInterrupt:
-            _say("interrupted; what is finished stays, and the same command goes on from there")
+            _say("interrupted; give the same command again (bt train goes on from its last epoch)")
             code = EXIT_FAILED
         except BtError as error:
             if debug:
-                raise
-            _say(f"error: {error}")
+                traceback.print_exc()
+            _say("error: " + " ".join(str(error).split()))
             code = error.exit_code
         except Exception as error:
             if debug:
-                raise
-            _say(f"error: {_first_line(error)} (--debug shows where)")
+                traceback.print_exc()
+            _say(f"error: {_last_line(error)} (--debug shows where)")
             code = EXIT_FAILED
         raise typer.Exit(code)
 
@@ -97,6 +98,10 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
 def _submit(address: str, name: str, arguments: dict[str, Any]) -> int:
     from cluster.submit import submit
 
+    if "out" in arguments and not any(w.startswith(("-o", "--out")) for w in sys.argv):
+        raise UsageError(
+            "--submit needs --out with a path or URI that every node of the cluster sees"
+        )
     return submit(address, f"jobs.{name.split()[0]}", _job_arguments(name, sys.argv[1:], arguments))
 
 
@@ -124,7 +129,8 @@ def _job_arguments(name: str, argv: list[str], arguments: dict[str, Any]) -> lis
     return result
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
+    """Return where Ray's nested tracebacks say what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 

@@ -7,6 +7,7 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
+from bt_core.scans.archives import list_scans, read_member
 from jobs import ensemble, evaluate, prepare, score, train
 
 _PHANTOMS_PER_CLASS = 150
@@ -25,9 +26,16 @@ def run(
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for all results.")] = "runs/demo",
 ) -> int:
     """Run the whole chain: prepare, train two, ensemble, evaluate, score, serve one scan."""
+    from bt_core.data.catalog import Dataset
     from cluster.session import session
 
     out = storage.absolute(out)
+    if data and storage.absolute(data).startswith(f"{out}/"):
+        raise UsageError(
+            f"--data lies in {out}, which the demo clears; copy it elsewhere, or use --out"
+        )
+    if data:
+        list_scans(data)  # before anything is cleared
     _clear(out)
     source = storage.absolute(data) if data else _phantoms(out, "archive.zip", _PHANTOMS_PER_CLASS)
     unlabelled = source if data else _phantoms(out, "unlabelled.zip", 25, seed=1, labelled=False)
@@ -38,6 +46,7 @@ def run(
     with session():
         _say("1/6", f"prepare {source}")
         codes = [prepare.run(source, dataset, ["cnn_small", "mobilenetv2"])]
+        common = [*common, f"task={Dataset(dataset).info.label_space.task}"]
         _say("2/6", "train cnn_small from scratch")
         train.run("cnn_small", dataset, runs[0], common)
         _say("3/6", f"train mobilenetv2 with weights {weights}")
@@ -48,7 +57,7 @@ def run(
         _say("5/6", f"score {unlabelled}")
         codes.append(score.run(bundle, unlabelled, storage.join(out, "scores")))
         _say("6/6", "serve the bundle and send it one scan")
-        _serve_one(bundle, unlabelled)
+        _serve_one(bundle, unlabelled, storage.join(out, "scores"))
     _summary(out)
     return EXIT_INCOMPLETE if EXIT_INCOMPLETE in codes else EXIT_OK
 
@@ -70,14 +79,15 @@ def _phantoms(out: str, name: str, num_per_class: int, seed: int = 0, labelled: 
     return path
 
 
-def _serve_one(bundle: str, source: str) -> None:
+def _serve_one(bundle: str, source: str, scores: str) -> None:
     import requests
     from ray import serve
 
-    from bt_core.scans.archives import list_scans, read_member
     from serve.app import ServeSettings, start
 
-    ref = list_scans(source).refs[0]
+    answered = storage.read_table(storage.join(scores, "scores"), ["scan_id", "confidence"])
+    good = {row["scan_id"] for row in answered.to_pylist() if row["confidence"] is not None}
+    ref = next(ref for ref in list_scans(source).refs if ref.scan_id in good)
     try:
         url = start(ServeSettings(bundle=bundle), free_port())
         answer = requests.post(

@@ -1,9 +1,14 @@
 """`bt evaluate`: a bundle on a dataset's test scans becomes figures and a report."""
 
+from typing import TYPE_CHECKING
+
 from bt_core import storage
-from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
+from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, DatasetError, UsageError
 from jobs.command import BundleArgument, DataOption, DeviceOption, OutOption, OverwriteOption
 from jobs.score import score_refs
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def run(
@@ -28,11 +33,13 @@ def run(
             f"{', '.join(dataset.info.label_space.names)}"
         )
     out = storage.absolute(out)
-    if storage.exists(storage.join(out, "metrics.json")) and not overwrite:
-        raise UsageError(f"{out} holds a report; choose another -o, or pass --overwrite")
+    held = [n for n in ("metrics.json", "summary.json", "scores") if storage.exists(f"{out}/{n}")]
+    if held and not overwrite:
+        raise UsageError(f"{out} holds {held[0]}; choose another -o, or pass --overwrite")
     storage.remove_dir(storage.join(out, "scores"))
     test = dataset.split("test")
     predictions = score_refs(opened, test.select(list(REF_COLUMNS)), out, device)
+    _refuse_changed_source(test, predictions)
     figures = evaluate(predictions, test, names)
     write_report(out, figures, opened.info, dataset.info)
     clean = figures["clean"]
@@ -47,6 +54,17 @@ def run(
         )
     print(f"report in {storage.join(out, 'report.html')}")
     return EXIT_OK if figures["all"]["num_scans"] == test.num_rows else EXIT_INCOMPLETE
+
+
+def _refuse_changed_source(test: "pa.Table", predictions: "pa.Table") -> None:
+    """Raise DatasetError if a scan's bytes are not those that were labelled."""
+    labelled = dict(zip(*(test[c].to_pylist() for c in ("scan_id", "content_sha256")), strict=True))
+    for row in predictions.select(["scan_id", "content_sha256"]).to_pylist():
+        if row["content_sha256"] not in (None, labelled[row["scan_id"]]):
+            raise DatasetError(
+                f"scan {row['scan_id']} is not the one that was labelled: the source has changed "
+                "since bt prepare; prepare it again"
+            )
 
 
 if __name__ == "__main__":

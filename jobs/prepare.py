@@ -42,17 +42,17 @@ def run(
         raise UsageError(f"--task {task}: use four_class or binary")
     specs = [load_recipe(name, RECIPES).preprocess for name in recipe or ["mobilenetv2"]]
     out = storage.absolute(out)
-    _clear(out, overwrite)
     listing = list_scans(source)
     refs, space = label_refs(listing.refs, task)  # type: ignore[arg-type]
+    _clear(out, overwrite)
     fractions = (0.7, 0.15, 0.15)
     with session():
         catalog = assign_splits(decode_catalog(refs), fractions, seed)
         info = describe(catalog, storage.absolute(source), space, listing.skipped, fractions, seed)
         storage.write_table(storage.join(out, "catalog.parquet"), catalog)
-        storage.write_json(storage.join(out, "dataset.json"), info.model_dump(mode="json"))
         for spec in specs:
-            ensure_view(Dataset(out), spec)
+            ensure_view(Dataset(out, info), spec)
+        storage.write_json(storage.join(out, "dataset.json"), info.model_dump(mode="json"))
     for split, counts in info.counts.items():
         classes = ", ".join(f"{name} {count}" for name, count in counts.items())
         print(f"{split:<11}{sum(counts.values()):>7} scans  ({classes})")
@@ -66,11 +66,13 @@ def run(
 
 def _clear(out: str, overwrite: bool) -> None:
     """Make room for a new dataset, or refuse if there is one."""
-    marker = storage.join(out, "dataset.json")
+    marker, catalog = (storage.join(out, name) for name in ("dataset.json", "catalog.parquet"))
     if storage.exists(marker):
         if not overwrite:
             raise UsageError(f"{out} holds a dataset; choose another -o, or pass --overwrite")
         storage.remove_file(marker)
+    elif storage.exists(storage.join(out, "views")) and not storage.exists(catalog):
+        raise UsageError(f"{out} holds a folder `views` that is not ours; choose another -o")
     storage.remove_dir(storage.join(out, "views"))
 
 

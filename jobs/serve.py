@@ -1,6 +1,5 @@
 """`bt serve`: a bundle answers over HTTP on this machine."""
 
-import os
 import signal
 import threading
 from typing import Annotated
@@ -28,12 +27,7 @@ def run(
         from serve.app import ServeSettings, start
 
         chosen = choose_device(device, resources)
-        threads = len(os.sched_getaffinity(0))
-        settings = ServeSettings(
-            bundle=opened.location,
-            device=chosen,
-            threads_per_replica=threads,
-        )
+        settings = ServeSettings(bundle=opened.location, device=chosen)
         try:
             url = start(settings, port)
             print(f"bundle {opened.info.bundle_id} answers at {url} (API docs: {url}/docs)")

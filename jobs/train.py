@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from bt_core import storage
-from bt_core.errors import EXIT_OK
+from bt_core.errors import EXIT_OK, UsageError
 from jobs.command import DataOption, DeviceOption, OutOption, OverwriteOption
 from jobs.recipes_folder import RECIPES
 
@@ -35,11 +35,19 @@ def run(
     dataset = Dataset(data)
     check_settings(loaded, dataset)
     out = storage.absolute(out or f"runs/{loaded.name}")
-    if overwrite:
+    if overwrite and storage.exists(out):
+        if not storage.exists(storage.join(out, "started.json")):
+            raise UsageError(f"{out} is not a run, so it is not overwritten; choose another -o")
         storage.remove_dir(out)
     with session() as resources:
         chosen = choose_device(device, resources)
-        scaling = plan_scaling(num_workers, chosen, resources.num_cpus, resources.num_gpus)
+        scaling = plan_scaling(
+            num_workers,
+            chosen,
+            resources.num_cpus,
+            resources.num_gpus,
+            resources.largest_node_cpus,
+        )
         finished = train(loaded, dataset, out, scaling)
     curves = training_curves_png(finished.history())
     storage.write_bytes(storage.join(out, "curves.png"), curves)

@@ -8,6 +8,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from bt_core.config import StrictModel, parse
+from bt_core.errors import UsageError
 from serve.api import Gateway
 from serve.model import EnsembleDeployment
 
@@ -48,10 +49,15 @@ def build(args: dict[str, object]) -> Application:
 def start(settings: ServeSettings, port: int) -> str:
     """Start Serve on this host's loopback address and deploy; return the base URL when it is ready.
 
+    Raises:
+        UsageError: if Serve hosts something already, which would be replaced.
+
     There is no user authentication yet, so it listens on loopback only.
     """
     host = "127.0.0.1"
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": host, "port": port})
+    if serve.status().applications:
+        raise UsageError("Ray Serve already runs applications on this cluster; use another cluster")
+    serve.start(http_options={"host": host, "port": port, "request_timeout_s": 30})
     serve.run(build(settings.model_dump()), name=APP_NAME, route_prefix="/")
     return f"http://{host}:{port}"

@@ -3,6 +3,7 @@
 A dataset folder holds `dataset.json`, `catalog.parquet` and `views/<name>/` with the pixel shards.
 """
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -53,12 +54,19 @@ class DatasetInfo(StrictModel):
 class Dataset:
     """A prepared dataset on disk.
 
+    Args:
+        location: its folder.
+        info: what `dataset.json` will say, for a dataset that is still being prepared.
+
     Raises:
         DatasetError: if the folder is not one, or its preparation was not finished.
     """
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, info: DatasetInfo | None = None) -> None:
         self.location = storage.absolute(location)
+        if info is not None:
+            self.info = info
+            return
         marker = storage.join(self.location, "dataset.json")
         try:
             self.info = parse(DatasetInfo, storage.read_json(marker), marker)
@@ -97,7 +105,12 @@ def label_refs(refs: list[ScanRef], task: Task | None) -> tuple[pa.Table, LabelS
         SourceError: if some folder is not a known class (all are listed, with the known names), or
             fewer than two classes are there.
     """
-    classes = [_class_of_member(ref.member) for ref in refs]
+    folders = [_folders(ref.member) for ref in refs]
+    # What all members share is the archive's own name, which may sound like a class.
+    levels = zip(*folders, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+    shared = 0 if any(len(own) == shared for own in folders) else shared
+    classes = [_class_of_folders(own[shared:]) for own in folders]
     unknown = Counter(_folder(r.member) for r, c in zip(refs, classes, strict=True) if c is None)
     if unknown:
         listed = ", ".join(f"{name!r} ({count} files)" for name, count in unknown.most_common(10))
@@ -123,9 +136,7 @@ def ref_columns(refs: list[ScanRef]) -> dict[str, Any]:
     return {
         "scan_id": [r.scan_id for r in refs],
         "uri": [r.uri for r in refs],
-        "member": [
-            r.member.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for r in refs
-        ],
+        "member": [r.member for r in refs],
         "position": pa.array([r.position for r in refs], pa.int64()),
     }
 
@@ -202,8 +213,12 @@ def describe(
     )
 
 
-def _class_of_member(member: str) -> str | None:
-    folders = member.split("/")[:-1]
+def _folders(member: str) -> list[str]:
+    """Return the folders above a member; zips made on Windows may have backslashes."""
+    return member.replace("\\", "/").split("/")[:-1]
+
+
+def _class_of_folders(folders: list[str]) -> str | None:
     known = (class_of_folder(folder) for folder in reversed(folders))
     return next((name for name in known if name), None)
 
@@ -213,5 +228,5 @@ def _folder(member: str) -> str:
 
 
 def _given_split(member: str) -> str:
-    parts = (_GIVEN_SPLITS.get(part.lower(), "") for part in member.split("/")[:-1])
+    parts = (_GIVEN_SPLITS.get(part.lower(), "") for part in _folders(member))
     return next((part for part in parts if part), "")

@@ -10,6 +10,7 @@ import logging
 import sys
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
@@ -85,8 +86,7 @@ def decode_catalog(refs: pa.Table) -> pa.Table:
     dataset = decode(refs, DecodeStage())
     tables = [ray.get(ref) for ref in dataset.to_arrow_refs()]
     table = pa.concat_tables(tables, promote_options="permissive")
-    if sorted(table["scan_id"].to_pylist()) != sorted(refs["scan_id"].to_pylist()):
-        raise RuntimeError(f"{refs.num_rows} scans went in, {table.num_rows} rows came out")
+    _check_rows(refs, table)
     return table
 
 
@@ -113,7 +113,17 @@ def ensure_view(dataset: Dataset, spec: PreprocessSpec) -> str:
     with _bounded_retries():
         decode(refs, DecodeStage((spec,))).map_batches(
             _view_rows, batch_size=_SHARD_ROWS, max_retries=MAX_RETRIES
-        ).write_parquet(beside, partition_cols=["split"], mode="append")
+        ).write_parquet(
+            beside,
+            partition_cols=["split"],
+            mode="append",
+            ray_remote_args={"max_retries": MAX_RETRIES},
+        )
+    written = storage.read_table(beside, columns=["scan_id"])
+    _check_rows(refs, written)
+    if storage.exists(storage.join(location, "view.json")):  # another command was faster
+        storage.remove_dir(beside)
+        return location
     view = {"preprocess": spec.model_dump(), "num_scans": len(order)}
     storage.write_json(storage.join(beside, "view.json"), view)
     storage.remove_dir(location)
@@ -134,7 +144,9 @@ def read_view(view: str, split: str) -> ray.data.Dataset:
         shards = ray.data.read_parquet(
             folder, partitioning=None, ray_remote_args={"max_retries": MAX_RETRIES}
         )
-        dataset = shards.select_columns(["scan_id", "label", "pixels"])
+        dataset = shards.select_columns(
+            ["scan_id", "label", "pixels"], ray_remote_args={"max_retries": MAX_RETRIES}
+        )
     side = storage.read_json(storage.join(view, "view.json"))["preprocess"]["size_px"]
     num_bytes = dataset.count() * side**2
     fits = num_bytes < _CACHED_SHARE * ray.cluster_resources().get("object_store_memory", 0)
@@ -171,17 +183,31 @@ def score(
             scorer,
             fn_constructor_args=scorer_args,
             batch_size=_DECODE_BATCH,
-            compute=ray.data.ActorPoolStrategy(size=size),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size),
             num_cpus=cpus_per_actor,
             num_gpus=num_gpus_per_actor or None,
             max_restarts=MAX_RETRIES,
             max_task_retries=MAX_RETRIES,
-        ).write_parquet(output, mode="append", min_rows_per_file=50_000)
+        ).write_parquet(
+            output,
+            mode="append",
+            min_rows_per_file=50_000,
+            ray_remote_args={"max_retries": MAX_RETRIES},
+        )
+
+
+def _check_rows(refs: pa.Table, rows: pa.Table) -> None:
+    """Raise if rows were lost or doubled, which would be a defect of this program."""
+    if Counter(rows["scan_id"].to_pylist()) != Counter(refs["scan_id"].to_pylist()):
+        raise RuntimeError(f"{refs.num_rows} scans went in, {rows.num_rows} rows came out")
 
 
 def _view_rows(columns: Columns) -> Columns:
     """Keep a view's columns; refuse scans that no longer decode to what the catalog says."""
     changed = columns["pixel_sha256"] != columns["expected"]
+    lost = sorted(set(columns["reason"].tolist()) - {""})
+    if lost:
+        raise ValueError(f"scans of the catalog cannot be read any more: {', '.join(lost)}")
     if changed.any():
         first = columns["scan_id"][changed][0]
         raise ValueError(
@@ -195,7 +221,7 @@ def _view_rows(columns: Columns) -> Columns:
 def _guarded(columns: Columns, stage: RowStage) -> Columns:
     try:
         return _get(_run_stage.remote(stage, columns))
-    except _CRASHES:
+    except (*_CRASHES, ray.exceptions.NodeDiedError):
         rows = [{k: v[i] for k, v in columns.items()} for i in range(len(columns["scan_id"]))]
         return _one_by_one(rows, stage)
 

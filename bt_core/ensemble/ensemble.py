@@ -19,10 +19,10 @@ class Ensemble:
     Args:
         bundle: a verified bundle.
         device: `cpu` or `cuda`.
-        num_threads: torch threads on the CPU; None leaves them as they are.
+        num_threads: torch threads on the CPU.
     """
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", num_threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, device: str = "cpu", num_threads: int = 1) -> None:
         self.info = bundle.info
         self.predictor = Predictor(bundle, device, num_threads)
         self._trained_on = bundle.training_index()

@@ -8,7 +8,7 @@ license: other
 pipeline_tag: image-classification
 tags: [brain-mri, medical-imaging, ray]
 ---
-# Brain-MRI classifier, bundle {{bundle_id}}
+# Brain-MRI classifier
 
 **Not a medical device.** For research; nothing it says supports a diagnosis. Out of scope: any use
 on patients, other organs, other modalities, whole volumes.
@@ -16,7 +16,8 @@ on patients, other organs, other modalities, whole volumes.
 - Input: one grey MRI slice. Output: calibrated probabilities of {classes}.
 - Members: {members}
 - Answers below a confidence of {min_confidence:.3f} are marked for review.
-- Trained on the dataset with digest `{dataset_digest}`; software versions are in `bundle.json`.
+- Trained on the dataset with digest `{dataset_digest}`; software versions and the bundle's id are
+  in `bundle.json`.
 
 | on {num_scans} validation scans | |
 |---|---|
@@ -32,7 +33,7 @@ out of other splits: mirrored copies and neighbouring slices of one patient may 
 
 
 def model_card(info: BundleInfo) -> str:
-    """Return the card; `{bundle_id}` stays in it for `write_bundle` to fill in."""
+    """Return the card."""
     members = "; ".join(
         f"{m.name} ({m.model.backbone}, {m.preprocess.size_px} px, initial weights "
         f"{info.provenance['members'][m.name]['initial_weights']})"

@@ -56,7 +56,10 @@ def build_backbone(spec: ModelSpec) -> Backbone:
                 f"{spec.backbone} is trained from scratch, without {spec.weights_source} weights; "
                 "pass --set model.weights=none"
             )
-        return Backbone(NETWORKS[spec.backbone](**spec.backbone_args), spec, _HALF, _HALF)
+        try:
+            return Backbone(NETWORKS[spec.backbone](**spec.backbone_args), spec, _HALF, _HALF)
+        except TypeError as error:
+            raise ConfigError(f"model.backbone_args: {spec.backbone}: {error}") from error
     import timm
 
     if not timm.is_model(spec.backbone):

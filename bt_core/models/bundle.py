@@ -163,13 +163,16 @@ def write_bundle(
         info: everything but `files` and `bundle_id`, which are filled in.
         state_dicts: weights by member name.
         training_digests: pixel digests of all scans that any member was trained on.
-        model_card: Markdown; `{bundle_id}` in it is replaced.
+        model_card: Markdown.
 
     Returns:
         The complete info.
     """
     keys = np.array(sorted({index_key(d) for d in training_digests}), np.int64)
-    files: dict[str, bytes] = {INDEX_FILE: safetensors.numpy.save({"keys": keys})}
+    files: dict[str, bytes] = {
+        INDEX_FILE: safetensors.numpy.save({"keys": keys}),
+        "MODEL_CARD.md": model_card.encode(),
+    }
     for member in info.members:
         tensors = {k: v.detach().cpu().contiguous() for k, v in state_dicts[member.name].items()}
         config = member.model_dump(mode="json", include={"model", "preprocess", "golden_digest"})
@@ -177,7 +180,6 @@ def write_bundle(
         files[f"members/{member.name}/config.json"] = storage.dumps_json(config)
     info = info.model_copy(update={"files": {p: storage.sha256(c) for p, c in files.items()}})
     info = info.model_copy(update={"bundle_id": info.digest()})
-    files["MODEL_CARD.md"] = model_card.replace("{bundle_id}", info.bundle_id).encode()
     beside = f"{storage.absolute(location)}.tmp"
     storage.remove_dir(beside)
     for path, content in files.items():

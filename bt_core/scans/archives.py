@@ -125,6 +125,8 @@ def read_member(ref: ScanRef) -> bytes:
     try:
         archive = _open_zip(ref.uri)
         info = archive.infolist()[ref.position]
+        if printable(info.filename) != ref.member:
+            raise ScanError("io_error", "the archive has changed since it was listed")
         if info.flag_bits & 0x1:
             raise ScanError("member_encrypted")
         if info.file_size > 1024**2 and info.file_size > MAX_RATIO * max(info.compress_size, 1):
@@ -141,6 +143,11 @@ def read_member(ref: ScanRef) -> bytes:
         raise ScanError("member_corrupt", type(error).__name__) from error
 
 
+def printable(name: str) -> str:
+    """Return a member's name as valid Unicode, which Parquet and JSON need."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _listing(uri: str, names: list[tuple[str, int]]) -> Listing:
     refs: list[ScanRef] = []
     skipped: Counter[str] = Counter()
@@ -152,7 +159,7 @@ def _listing(uri: str, names: list[tuple[str, int]]) -> Listing:
             continue
         digest = hashlib.sha256(f"{name}\0{seen[name]}".encode("utf-8", "surrogateescape"))
         seen[name] += 1
-        refs.append(ScanRef(digest.hexdigest()[:20], uri, name, position))
+        refs.append(ScanRef(digest.hexdigest()[:20], uri, printable(name), position))
     if not refs:
         also = f" (skipped: {dict(skipped)})" if skipped else ""
         raise SourceError(

@@ -6,6 +6,7 @@ here.
 
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Final
@@ -20,6 +21,8 @@ from bt_core.errors import ScanError
 from bt_core.scans.intensity import to_uint8
 
 _PREAMBLE: Final = 128
+_ONE_AT_A_TIME: Final = threading.Lock()
+_DEFLATED: Final = b"1.2.840.10008.1.2.1.99"
 _GREY: Final = ("MONOCHROME1", "MONOCHROME2")
 
 
@@ -51,7 +54,7 @@ def decode(
     """
     # pydicom sends the same texts to its logger, whatever becomes of the warnings.
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
-    with warnings.catch_warnings():
+    with _ONE_AT_A_TIME, warnings.catch_warnings():  # the filters belong to the process
         warnings.simplefilter("ignore")
         dataset = _read(content)
         _check_header(dataset, check_size)
@@ -66,6 +69,8 @@ def decode(
 
 
 def _read(content: bytes) -> pydicom.Dataset:
+    if _DEFLATED in content[:4096]:  # pydicom would inflate it without a limit
+        raise ScanError("transfer_syntax_unsupported", "Deflated Explicit VR Little Endian")
     try:
         dataset = pydicom.dcmread(io.BytesIO(content), force=True)
     except InvalidDicomError:

@@ -6,7 +6,6 @@ PNGs).
 """
 
 import io
-import warnings
 from dataclasses import dataclass
 from typing import Final
 
@@ -89,12 +88,9 @@ def _decode_dicom(content: bytes) -> DecodedScan:
 
 def _decode_picture(content: bytes) -> DecodedScan:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes that check_size refuses
-            header = Image.open(io.BytesIO(content), formats=_PILLOW_FORMATS)
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, OSError) as error:
-        if isinstance(error, Image.DecompressionBombError):
-            raise ScanError("image_too_large") from None
+        Image.MAX_IMAGE_PIXELS = None  # check_size has a lower limit, and does not warn
+        header = Image.open(io.BytesIO(content), formats=_PILLOW_FORMATS)
+    except (UnidentifiedImageError, SyntaxError, OSError):
         raise ScanError(_header_fault(content)) from None
     check_size(*header.size)
     if getattr(header, "n_frames", 1) > 1:

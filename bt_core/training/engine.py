@@ -60,8 +60,17 @@ class TrainContext(Protocol):
     def gather(self, own: Predictions) -> Predictions:
         """Return the predictions of all workers together, on every worker."""
 
+    def sync(self, model: Classifier) -> None:
+        """Give every worker rank 0's buffers, so that all validate the model that is saved."""
+
+    def mean(self, value: float) -> float:
+        """Return the mean of a value over the workers."""
+
     def restore(self) -> dict[str, Any] | None:
         """Return the last checkpoint's state, or None."""
+
+    def write_history(self, history: list[dict[str, Any]]) -> None:
+        """Make the figures of all epochs so far visible outside."""
 
     def report(
         self, metrics: dict[str, Any], state: dict[str, Any], predictions: Predictions
@@ -98,6 +107,7 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         history = state["history"]
+        context.write_history(history)
     for epoch in range(len(history) + 1, train.epochs + 1):
         if stopped_early(history, train.patience):
             break
@@ -105,6 +115,7 @@ def fit(
         figures = _train_epoch(
             context, wrapped, recipe, preprocessor, optimizer, scheduler, loss_fn, epoch, steps
         )
+        context.sync(model)
         predictions = context.gather(_validate(context, model, preprocessor))
         figures = {"epoch": epoch, **figures, **validation_figures(predictions)}
         figures["epoch_seconds"] = round(time.perf_counter() - started, 2)
@@ -116,6 +127,7 @@ def fit(
             "history": history,
         }
         context.report(figures, state, predictions)
+        context.write_history(history)
 
 
 def worker_batch_size(num_scans: int, batch_size: int, world_size: int) -> int:
@@ -194,8 +206,10 @@ def progress_line(figures: dict[str, Any], epochs: int) -> str:
 def _loss(train: TrainSpec, class_counts: list[int]) -> nn.Module:
     weight = None
     if train.class_weights:
-        counts = torch.tensor(class_counts, dtype=torch.float32).clamp(min=1)
-        weight = counts.sum() / (len(counts) * counts)
+        counts = torch.tensor(class_counts, dtype=torch.float32)
+        share = counts.sum() / ((counts > 0).sum() * counts.clamp(min=1))
+        # A class without scans weighs nothing, or label smoothing would pull every answer to it.
+        weight = torch.where(counts > 0, share, 0.0)
     return nn.CrossEntropyLoss(weight=weight, label_smoothing=train.label_smoothing)
 
 
@@ -236,7 +250,7 @@ def _train_epoch(
         total_loss += loss.detach()
         num_images += len(labels_B)
         num_steps += 1
-    mean_loss = float(total_loss) / max(num_steps, 1)
+    mean_loss = context.mean(float(total_loss) / max(num_steps, 1))
     if not np.isfinite(mean_loss):
         raise FloatingPointError(
             f"the loss of epoch {epoch} is {mean_loss}; lower the learning rate"

@@ -90,6 +90,29 @@ class RayContext:
             everyone.logits += part.logits
         return everyone
 
+    def sync(self, model: Classifier) -> None:
+        """Broadcast rank 0's buffers: each worker's batch norms have seen other batches."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def mean(self, value: float) -> float:
+        """Average over the workers."""
+        if self.world_size == 1:
+            return value
+        total = torch.tensor([value], dtype=torch.float64)
+        if self.device.type == "cuda":  # NCCL reduces on the device only
+            total = total.to(self.device)
+        torch.distributed.all_reduce(total)
+        mean: float = total.item() / self.world_size
+        return mean
+
+    def write_history(self, history: list[dict[str, Any]]) -> None:
+        """Write the run's history file, on rank 0."""
+        if self.rank == 0:
+            lines = "".join(json.dumps(figures) + "\n" for figures in history)
+            storage.write_bytes(self._history, lines.encode())
+
     def restore(self) -> dict[str, Any] | None:
         """Load the last checkpoint that Ray Train has committed."""
         checkpoint = ray.train.get_checkpoint()
@@ -112,9 +135,6 @@ class RayContext:
                 pq.write_table(pa.table(vars(predictions)), os.path.join(folder, PREDICTIONS_FILE))
                 checkpoint = Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint)
-        if self.rank == 0:
-            lines = "".join(json.dumps(figures) + "\n" for figures in state["history"])
-            storage.write_bytes(self._history, lines.encode())
 
 
 def train_loop(config: dict[str, Any]) -> None:

@@ -153,6 +153,41 @@ def test_wrong_use_is_one_line_and_exit_code_2(chain, tmp_path, capfd):
         assert not (tmp_path / "out" / "scores").exists(), name
 
 
+def test_a_source_that_changed_since_prepare_is_noticed(chain, tmp_path, capfd):
+    data, source = tmp_path / "data", tmp_path / "scans.zip"
+    shutil.copytree(chain.data, data)
+    with zipfile.ZipFile(chain.archive) as old, zipfile.ZipFile(source, "w") as new:
+        members = {name: old.read(name) for name in old.namelist()}
+        for name, content in zip(members, reversed(members.values()), strict=True):
+            new.writestr(name, content)
+    table = pq.read_table(data / "catalog.parquet")
+    moved = pa.array([str(source)] * table.num_rows)
+    table = table.set_column(table.schema.get_field_index("uri"), "uri", moved)
+    pq.write_table(table, data / "catalog.parquet")
+    assert bt("evaluate", chain.bundle, "--data", data, "-o", tmp_path / "out") == 2
+    assert "the source has changed" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_overwrite_removes_nothing_but_what_the_command_wrote(chain, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for words in (
+        ["train", "--recipe", "cnn_small", "--data", chain.data, *SMALL],
+        ["ensemble", chain.runs[0]],
+        ["prepare", tmp_path / "nowhere.zip"],
+        ["demo", "--out", tmp_path / "mine"],
+    ):
+        overwrite = [] if words[0] == "demo" else ["-o", tmp_path / "mine", "--overwrite"]
+        assert bt(*words, *overwrite) == 2, words
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    nowhere = tmp_path / "nowhere.zip"
+    assert bt("prepare", nowhere, "-o", chain.data, "--overwrite") == 2
+    assert (chain.data / "dataset.json").exists(), "a wrong source does not cost the dataset"
+    assert bt("evaluate", chain.bundle, "--data", chain.data, "-o", chain.scores) == 2
+    assert (chain.scores / "scores").exists()
+
+
 class DeadlyStage(DecodeStage):
     """A decoder that ends its process on one scan, as a bug in a native codec would."""
 

@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bt_core.data.catalog import label_refs
 from bt_core.data.splits import SPLITS, grouped_split
 from bt_core.errors import REASONS, REJECTED_REASONS, ScanError, SourceError, status_of
 from bt_core.labels import class_of_folder, infer_task, to_task
+from bt_core.scans.archives import ScanRef
 
 
 @pytest.mark.parametrize(
@@ -84,3 +86,37 @@ def test_a_group_with_two_labels_and_bad_fractions_are_refused():
         grouped_split(["g", "g"], ["a", "b"])
     with pytest.raises(ValueError, match="sum to 1"):
         grouped_split(["g"], ["a"], fractions=(0.5, 0.5, 0.5))
+
+
+def refs_of(*members):
+    return [ScanRef(f"{i}", "set", member, i) for i, member in enumerate(members)]
+
+
+def labels_of(*members):
+    return label_refs(refs_of(*members), None)[0]["label"].to_pylist()
+
+
+def test_the_deepest_known_folder_gives_the_label_and_the_given_split_is_kept():
+    members = ("Training/glioma/patient 1/a.png", "Testing/no_tumor/b.png")
+    table, space = label_refs(refs_of(*members), None)
+    assert table["label"].to_pylist() == ["glioma", "no_tumor"]
+    assert table["given_split"].to_pylist() == ["train", "test"]
+    assert space.task == "four_class"
+
+
+def test_zips_made_on_windows_have_backslashes():
+    assert labels_of("Training\\glioma\\a.png", "Training\\notumor\\b.png") == [
+        "glioma",
+        "no_tumor",
+    ]
+
+
+def test_a_wrapper_named_like_a_class_labels_nothing():
+    assert labels_of("Brain Tumor/yes/a.png", "Brain Tumor/no/b.png") == ["tumor", "healthy"]
+    with pytest.raises(SourceError, match="metastasis"):
+        labels_of("Brain Tumor/yes/a.png", "Brain Tumor/no/b.png", "Brain Tumor/metastasis/c.png")
+
+
+def test_one_class_alone_is_not_a_set():
+    with pytest.raises(SourceError, match="one class only"):
+        labels_of("glioma/a.png", "glioma/b.png")

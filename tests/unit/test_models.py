@@ -54,7 +54,7 @@ def make_bundle(location, sizes=(32, 48), **changes):
         label_space=SPACE, members=tuple(members), temperature=0.9, review=review, metrics={},
         provenance={}, **changes,
     )  # fmt: skip
-    return write_bundle(str(location), info, weights, ["ab" * 32], "card of {bundle_id}")
+    return write_bundle(str(location), info, weights, ["ab" * 32], "a card")
 
 
 def test_a_bundle_comes_back_as_it_was_written(tmp_path):
@@ -62,7 +62,7 @@ def test_a_bundle_comes_back_as_it_was_written(tmp_path):
     bundle = Bundle(str(tmp_path / "b"))
     assert bundle.info == info
     assert bundle.training_index() == {index_key("ab" * 32)}
-    assert info.bundle_id in (tmp_path / "b" / "MODEL_CARD.md").read_text()
+    assert (tmp_path / "b" / "MODEL_CARD.md").read_text() == "a card"
     torch.manual_seed(1)
     expected = build_classifier(TINY, PreprocessSpec(size_px=48), 4)[0].eval()
     loaded = bundle.load_member(info.members[1])
@@ -131,6 +131,17 @@ def test_an_ensemble_answers_for_each_scan_and_knows_training_scans(tmp_path):
         assert (answer["status"] == "deferred") == (answer["confidence"] < 0.3)
         assert (answer["reason"] == "low_confidence") == (answer["status"] == "deferred")
         assert 0 < answer["entropy"] <= np.log(4) + 1e-9
+
+
+def test_an_answer_is_the_same_to_the_last_bit_alone_and_among_others(tmp_path):
+    make_bundle(tmp_path / "b", sizes=(48,))
+    predictor = Predictor(Bundle(str(tmp_path / "b")))
+    pixels_BSS = np.random.default_rng(0).integers(0, 256, (9, 48, 48), dtype=np.uint8)
+    together = predictor.logits([pixels_BSS])
+    alone = [predictor.logits([pixels_BSS[i : i + 1]]) for i in range(9)]
+    assert (together == np.concatenate(alone, axis=1)).all()
+    shifted = [predictor.logits([pixels_BSS[:2]]), predictor.logits([pixels_BSS[2:]])]
+    assert (together == np.concatenate(shifted, axis=1)).all()
 
 
 def test_specs_that_differ_in_normalisation_alone_share_their_pixels():
@@ -231,5 +242,6 @@ def test_bundle_json_is_plain_json(tmp_path):
     content = json.loads((tmp_path / "b" / "bundle.json").read_text())
     assert set(content["files"]) == {
         "training_index.safetensors",
+        "MODEL_CARD.md",
         *(f"members/m{i}/{f}" for i in (0, 1) for f in ("config.json", "model.safetensors")),
     }

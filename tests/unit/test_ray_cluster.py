@@ -86,7 +86,7 @@ def test_one_pool_has_gpus_on_spot_and_one_has_none(merged: Config) -> None:
     by_gpu = {bool(pool["resources"].get("GPU")): pool for pool in pools.values()}
     assert len(pools) == len(by_gpu) == 2
     limits = {gpu: (pool["min_workers"], pool["max_workers"]) for gpu, pool in by_gpu.items()}
-    assert limits == {False: (0, 10), True: (0, 4)}
+    assert limits == {False: (1, 10), True: (1, 4)}
     assert by_gpu[True]["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
     assert all(pool["resources"]["CPU"] > 0 for pool in pools.values())
     assert merged["max_workers"] >= 10 + 4, "the limit of the whole must not cut the pools"

@@ -11,6 +11,7 @@ from bt_core.scans.preprocess import PreprocessSpec
 from bt_core.training.augment import augment
 from bt_core.training.engine import (
     Predictions,
+    _loss,
     build_optimizer,
     build_schedule,
     fit,
@@ -63,6 +64,15 @@ class AloneContext:
     def gather(self, own):
         return own
 
+    def sync(self, model):
+        self.synced = True
+
+    def mean(self, value):
+        return value
+
+    def write_history(self, history):
+        self.written = len(history)
+
     def restore(self):
         return self.state
 
@@ -101,6 +111,8 @@ def test_the_loop_learns_and_validates_every_scan():
     assert context.metrics[-1]["loss"] < 0.5 * context.metrics[0]["loss"]
     assert context.metrics[-1]["val_accuracy"] > 0.9
     assert context.metrics[-1]["val_scans"] == 30 == len(context.predictions.scan_id)
+    assert context.synced
+    assert context.written == 6
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights():
@@ -191,14 +203,22 @@ def test_a_flip_is_the_mirror_image():
     assert 4 < mirrored.sum() < 28
 
 
-@pytest.mark.parametrize(
-    ("workers", "cpus", "expected"),
-    [(None, 2.0, (1, 1.0)), (2, 2.0, (2, 0.5)), (1, 1.0, (1, 0.5)), (4, 16.0, (4, 3.75))],
-)
-def test_workers_leave_a_cpu_to_ray_data(workers, cpus, expected):
-    scaling = plan_scaling(workers, "cpu", cpus, 0)
-    assert (scaling.num_workers, scaling.cpus_per_worker) == expected
-    assert scaling.num_workers * scaling.cpus_per_worker < cpus or cpus == 1.0
+def test_workers_always_leave_a_cpu_to_ray_data():
+    for cpus in range(2, 65):
+        for workers in range(1, cpus + 1):
+            each = plan_scaling(workers, "cpu", cpus, 0).cpus_per_worker
+            assert each > 0
+            assert cpus - workers * each >= 1
+    assert plan_scaling(None, "cpu", 2, 0).cpus_per_worker == 1.0
+
+
+def test_a_worker_fits_on_a_node():
+    assert plan_scaling(1, "cpu", 8, 0, largest_node_cpus=2).cpus_per_worker == 2
+
+
+def test_a_class_without_scans_draws_no_answers():
+    loss = _loss(TrainSpec(class_weights=True, label_smoothing=0.05), [1000, 500, 0])
+    torch.testing.assert_close(loss.weight, torch.tensor([0.75, 1.5, 0.0]))
 
 
 def test_gpu_workers_default_to_one_for_each_gpu():
