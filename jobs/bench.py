@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Annotated, Any
 
 import typer
@@ -206,8 +207,9 @@ def _agreement(folder: str) -> float:
 
 def _apart(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a fresh process, so that the sides share no warm state."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *args).result()
 
 
 def _medians(sides: dict[str, list[float]]) -> str:
