@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -19,10 +21,10 @@ from bt_core.data import pipeline
 from bt_core.data.catalog import Dataset, ref_columns
 from bt_core.data.decode_stage import DecodeStage
 from bt_core.errors import REASONS
-from bt_core.models.run import Run
+from bt_core.models.run import Run, read_history
 from bt_core.scans.archives import list_scans
 from bt_core.scans.phantom import phantom_slice
-from tests.conftest import SMALL, bt
+from tests.conftest import SMALL, bt, bt_process
 
 pytestmark = pytest.mark.integration
 
@@ -236,3 +238,27 @@ def test_a_training_worker_killed_in_mid_epoch_does_not_end_the_run(chain, tmp_p
     assert len(killed) == 1, "the worker was there to be killed"
     epochs = [figures["epoch"] for figures in Run(str(tmp_path / "run")).history()]
     assert epochs == list(range(1, 13))
+
+
+def test_a_killed_train_command_goes_on_where_it_was(chain, tmp_path):
+    """The whole process dies; the same command, given again, begins after its last epoch."""
+    out = tmp_path / "run"
+    words = ["train", "--recipe", "cnn_small", "--data", chain.data, *SMALL]
+    words += ["--set", "train.epochs=8", "--set", "preprocess.size_px=64", "-o", out]
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    command = [sys.executable, "-m", "jobs.train", *map(str, words[1:])]
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while len(read_history(str(out))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    before = read_history(str(out))
+    assert 2 <= len(before) < 8, "it was killed in the middle"
+    again = bt_process(*words, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "going on after epoch" in again.stderr
+    history = Run(str(out)).history()
+    assert [figures["epoch"] for figures in history] == list(range(1, 9))
+    assert history[0] == before[0], "the first epoch was not trained again"

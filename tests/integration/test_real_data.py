@@ -1,0 +1,55 @@
+"""Real scans, where they are at hand: BT_DATASET is the archive, BT_WEIGHTS a weights source."""
+
+import json
+import os
+from collections import defaultdict
+
+import pyarrow.parquet as pq
+import pytest
+
+from bt_core.data.catalog import Dataset
+from tests.conftest import bt
+
+DATASET, WEIGHTS = os.environ.get("BT_DATASET"), os.environ.get("BT_WEIGHTS")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(not DATASET, reason="BT_DATASET is not set"),
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(ray_session, tmp_path_factory):
+    out = tmp_path_factory.mktemp("real") / "data"
+    assert bt("prepare", DATASET, "-o", out) in (0, 3)
+    return out
+
+
+def test_every_file_is_in_the_catalog_and_no_copy_crosses_a_split(prepared):
+    catalog = Dataset(str(prepared)).catalog().to_pylist()
+    assert len(catalog) == 5966
+    splits = defaultdict(set)
+    for row in catalog:
+        if row["split"]:
+            splits[row["pixel_sha256"]].add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
+    assert len(splits) < len(catalog), "the set is known to hold exact copies"
+    crossed = defaultdict(set)
+    for row in catalog:
+        crossed[row["pixel_sha256"]].add(row["given_split"])
+    assert any(len(given) > 1 for given in crossed.values()), "its own split lets copies cross"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WEIGHTS, reason="BT_WEIGHTS is not set")
+@pytest.mark.timeout(3600)
+def test_mobilenetv2_reaches_its_accuracy(prepared, tmp_path):
+    run, bundle, report = tmp_path / "run", tmp_path / "bundle", tmp_path / "report"
+    weights = f"model.weights={WEIGHTS}"
+    train = ["train", "--recipe", "mobilenetv2", "--data", prepared, "--set", weights]
+    assert bt(*train, "-o", run) == 0
+    assert bt("ensemble", run, "-o", bundle) == 0
+    assert bt("evaluate", bundle, "--data", prepared, "-o", report) == 0
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert metrics["clean"]["num_scans"] == 896
+    assert metrics["clean"]["accuracy"] >= 0.94
+    assert pq.read_table(report / "scores").num_rows == 896
