@@ -1,6 +1,6 @@
 """`bt prepare`: a scan source becomes a catalog, a split and shards of pixels."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -8,6 +8,9 @@ from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
 from jobs.command import OutOption, OverwriteOption, SourceArgument
 from jobs.recipes_folder import RECIPES
+
+if TYPE_CHECKING:
+    from bt_core.data.catalog import DatasetInfo
 
 
 def run(
@@ -53,6 +56,12 @@ def run(
         for spec in specs:
             ensure_view(Dataset(out, info), spec)
         storage.write_json(storage.join(out, "dataset.json"), info.model_dump(mode="json"))
+    _print_summary(info)
+    print(f"dataset in {out}")
+    return EXIT_INCOMPLETE if info.num_left_out else EXIT_OK
+
+
+def _print_summary(info: "DatasetInfo") -> None:
     for split, counts in info.counts.items():
         classes = ", ".join(f"{name} {count}" for name, count in counts.items())
         print(f"{split:<11}{sum(counts.values()):>7} scans  ({classes})")
@@ -60,8 +69,6 @@ def run(
         print(f"left out   {count:>7} scans  ({reason}; see catalog.parquet)")
     for why, count in info.num_skipped.items():
         print(f"skipped    {count:>7} files  ({why})")
-    print(f"dataset in {out}")
-    return EXIT_INCOMPLETE if info.num_left_out else EXIT_OK
 
 
 def _clear(out: str, overwrite: bool) -> None:

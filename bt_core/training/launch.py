@@ -103,36 +103,8 @@ def train(recipe: Recipe, dataset: Dataset, location: str, scaling: Scaling) -> 
     location = storage.absolute(location)
     _claim(location, recipe, dataset, scaling)
     view = ensure_view(dataset, recipe.preprocess)
-    counts = dataset.info.counts["train"]
     started = time.perf_counter()
-    trainer = TorchTrainer(
-        train_loop,
-        train_loop_config={
-            "recipe": recipe.model_dump(mode="json"),
-            "history": storage.join(location, HISTORY_FILE),
-            "num_classes": dataset.info.label_space.num_classes,
-            "class_counts": [counts[name] for name in dataset.info.label_space.names],
-        },
-        datasets={split: read_view(view, split) for split in ("train", "validation")},
-        dataset_config=DataConfig(datasets_to_split=["train"]),
-        scaling_config=ScalingConfig(
-            num_workers=scaling.num_workers,
-            use_gpu=scaling.device == "cuda",
-            resources_per_worker={"CPU": scaling.cpus_per_worker}
-            | ({"GPU": 1} if scaling.device == "cuda" else {}),
-        ),
-        run_config=RunConfig(
-            name="checkpoints",
-            storage_path=location,
-            worker_runtime_env={"env_vars": _ALLOCATOR},
-            failure_config=FailureConfig(
-                max_failures=MAX_FAILURES,
-                controller_failure_limit=MAX_FAILURES,
-                max_preemption_failures=MAX_PREEMPTIONS,
-            ),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
-        ),
-    )
+    trainer = _trainer(recipe, dataset, view, location, scaling)
     try:
         with _progress_shown(location, recipe.train.epochs):
             result = trainer.fit()
@@ -157,6 +129,40 @@ def check_settings(recipe: Recipe, dataset: Dataset) -> None:
             f"{recipe.task}; pass --set task={dataset.info.label_space.task}, or prepare again"
         )
     build_classifier(recipe.model, recipe.preprocess, dataset.info.label_space.num_classes)
+
+
+def _trainer(
+    recipe: Recipe, dataset: Dataset, view: str, location: str, scaling: Scaling
+) -> TorchTrainer:
+    space, counts = dataset.info.label_space, dataset.info.counts["train"]
+    gpu = {"GPU": 1} if scaling.device == "cuda" else {}
+    return TorchTrainer(
+        train_loop,
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "history": storage.join(location, HISTORY_FILE),
+            "num_classes": space.num_classes,
+            "class_counts": [counts[name] for name in space.names],
+        },
+        datasets={split: read_view(view, split) for split in ("train", "validation")},
+        dataset_config=DataConfig(datasets_to_split=["train"]),
+        scaling_config=ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=bool(gpu),
+            resources_per_worker={"CPU": scaling.cpus_per_worker, **gpu},
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=location,
+            worker_runtime_env={"env_vars": _ALLOCATOR},
+            failure_config=FailureConfig(
+                max_failures=MAX_FAILURES,
+                controller_failure_limit=MAX_FAILURES,
+                max_preemption_failures=MAX_PREEMPTIONS,
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
+        ),
+    )
 
 
 def _claim(location: str, recipe: Recipe, dataset: Dataset, scaling: Scaling) -> None:
