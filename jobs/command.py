@@ -98,7 +98,9 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
 def _submit(address: str, name: str, arguments: dict[str, Any]) -> int:
     from cluster.submit import submit
 
-    if "out" in arguments and not any(w.startswith(("-o", "--out")) for w in sys.argv):
+    out = arguments.get("out")
+    given = any(word.removeprefix("--out=").removeprefix("-o") == out for word in sys.argv)
+    if out is not None and not (out and given):  # a default lies in the job's own folder, then lost
         raise UsageError(
             "--submit needs --out with a path or URI that every node of the cluster sees"
         )

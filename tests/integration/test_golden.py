@@ -8,6 +8,7 @@ import pytest
 import requests
 import torch
 
+from bt_core import storage
 from bt_core.data.catalog import Dataset
 from bt_core.data.decode_stage import DecodeStage
 from bt_core.ensemble.ensemble import Ensemble
@@ -111,7 +112,8 @@ def test_three_paths_give_byte_equal_tensors(chain, refs, tensors):
     served = http_tensors(chain, refs, tensors)
     for one, two, three in zip(trained, scored, served, strict=True):
         assert one.shape == (1, 3, 48, 48)
-        assert one.numpy().tobytes() == two.numpy().tobytes() == three.numpy().tobytes()
+        digests = {storage.sha256(tensor.numpy().tobytes()) for tensor in (one, two, three)}
+        assert len(digests) == 1
 
 
 def test_http_and_batch_scoring_agree_on_every_scan(chain, service):
