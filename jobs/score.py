@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from bt_core import storage
-from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
+from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, REASONS, UsageError
 from jobs.command import BundleArgument, DeviceOption, OutOption, OverwriteOption, SourceArgument
 
 if TYPE_CHECKING:
@@ -36,13 +36,14 @@ def run(
     started = datetime.now(UTC)
     scores = score_refs(opened, pa.table(ref_columns(listing.refs)), out, device)
     counts = _counts(scores)
+    reasons = dict(Counter(r for r in scores["reason"].to_pylist() if r))
     seconds = (datetime.now(UTC) - started).total_seconds()
     storage.write_json(
         storage.join(out, "summary.json"),
         {
             "n_in": len(listing.refs),
             **counts,
-            "reasons": dict(Counter(r for r in scores["reason"].to_pylist() if r)),
+            "reasons": reasons,
             "skipped_files": listing.skipped,
             "bundle_id": opened.info.bundle_id,
             "source": storage.absolute(source),
@@ -54,8 +55,10 @@ def run(
     print(
         f"{len(listing.refs)} scans = "
         + " + ".join(f"{count} {status}" for status, count in counts.items())
-        + f"  ({len(listing.refs) / seconds:.0f} scans/s)"
+        + f"  ({len(listing.refs) / seconds:.1f} scans/s)"
     )
+    for reason, count in sorted(reasons.items()):
+        print(f"  {count} {reason}: {REASONS[reason]}")
     print(f"scores in {out}")
     return EXIT_INCOMPLETE if counts["rejected"] + counts["failed"] else EXIT_OK
 

@@ -54,7 +54,7 @@ def run(
     best, metrics = finished.info.best_epoch, finished.info.metrics
     print(
         f"best epoch {best}: validation accuracy {metrics['val_accuracy']:.4f}, macro F1 "
-        f" {metrics['val_macro_f1']:.4f} on {metrics['val_scans']:.0f} scans"
+        f"{metrics['val_macro_f1']:.4f} on {metrics['val_scans']:.0f} scans"
     )
     print(f"run in {out}")
     return EXIT_OK

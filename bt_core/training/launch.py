@@ -108,6 +108,8 @@ def train(recipe: Recipe, dataset: Dataset, location: str, scaling: Scaling) -> 
     try:
         with _progress_shown(location, recipe.train.epochs):
             result = trainer.fit()
+    except SystemExit as stop:  # Ray Train's own handler of Ctrl-C ends this way
+        raise KeyboardInterrupt from stop
     except ray.train.TrainingFailedError as error:
         raise RunError(f"training failed: {_root_cause(error)}") from error
     checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: float(pair[1][SCORE]))
