@@ -32,7 +32,7 @@ DeviceOption = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto takes GPUs if there are any.")
 ]
 
-_LOCATIONS: Final = frozenset({"source", "bundle", "out", "data", "runs", "file"})
+_LOCATIONS: Final = frozenset({"source", "bundle", "out", "data", "runs"})
 """Parameters that hold paths, made absolute for a submitted job, whose folder is another."""
 
 _SUBMIT = Annotated[

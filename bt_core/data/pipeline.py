@@ -86,7 +86,7 @@ def decode_catalog(refs: pa.Table) -> pa.Table:
     dataset = decode(refs, DecodeStage())
     tables = [ray.get(ref) for ref in dataset.to_arrow_refs()]
     table = pa.concat_tables(tables, promote_options="permissive")
-    _check_rows(refs, table)
+    check_rows(refs, table)
     return table
 
 
@@ -120,7 +120,7 @@ def ensure_view(dataset: Dataset, spec: PreprocessSpec) -> str:
             ray_remote_args={"max_retries": MAX_RETRIES},
         )
     written = storage.read_table(beside, columns=["scan_id"])
-    _check_rows(refs, written)
+    check_rows(refs, written)
     if storage.exists(storage.join(location, "view.json")):  # another command was faster
         storage.remove_dir(beside)
         return location
@@ -196,8 +196,12 @@ def score(
         )
 
 
-def _check_rows(refs: pa.Table, rows: pa.Table) -> None:
-    """Raise if rows were lost or doubled, which would be a defect of this program."""
+def check_rows(refs: pa.Table, rows: pa.Table) -> None:
+    """Check that each scan of the refs has one row.
+
+    Raises:
+        RuntimeError: if rows were lost or doubled, which would be a defect of this program.
+    """
     if Counter(rows["scan_id"].to_pylist()) != Counter(refs["scan_id"].to_pylist()):
         raise RuntimeError(f"{refs.num_rows} scans went in, {rows.num_rows} rows came out")
 
