@@ -83,7 +83,8 @@ REASONS: Final[dict[str, str]] = {
     "nested_archive": "the file is an archive inside the source; unpack it first",
     "decoder_crashed": "decoding ended its worker process twice",
     "unknown_class": "the folder name is not a known class",
-    "label_conflict": "the same pixels stand under two classes",
+    "label_conflict": "copies of the picture stand under different classes",
+    "dropped": "a person decided in the docket to leave the scan out",
     "low_confidence": "the calibrated confidence is below the review threshold",
 }
 """Every reason code with its meaning in words; a closed list, so that users can rely on it."""

@@ -96,7 +96,7 @@ def run_score(
 def _write_view(dataset_location: str, recipe_json: str) -> None:
     """Write the shards before the rounds, so that no Ray runs beside the plain loop."""
     from bt_core.data.catalog import Dataset
-    from bt_core.data.pipeline import ensure_view
+    from bt_core.data.views import ensure_view
     from bt_core.training.recipe import Recipe
     from cluster.session import session
 
@@ -109,7 +109,7 @@ def _plain_train_rates(dataset_location: str, recipe_json: str) -> list[float]:
     import torch
 
     from bt_core.data.catalog import Dataset
-    from bt_core.data.pipeline import ensure_view
+    from bt_core.data.views import ensure_view
     from bt_core.models.classifier import build_classifier
     from bt_core.models.inputs import Preprocessor
     from bt_core.training.recipe import Recipe

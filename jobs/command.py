@@ -32,7 +32,11 @@ DeviceOption = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto takes GPUs if there are any.")
 ]
 
-_LOCATIONS: Final = frozenset({"source", "bundle", "out", "data", "runs"})
+TaskOption = Annotated[
+    str | None, typer.Option("--task", help="four_class or binary. [default: what the folders say]")
+]
+
+_LOCATIONS: Final = frozenset({"source", "bundle", "out", "data", "runs", "resolve", "keep_splits"})
 """Parameters that hold paths, made absolute for a submitted job, whose folder is another."""
 
 _SUBMIT = Annotated[

@@ -44,8 +44,9 @@ def run(
     write_report(out, figures, opened.info, dataset.info)
     clean = figures["clean"]
     print(
-        f"{clean['num_scans']} test scans not trained on: accuracy {clean['accuracy']:.4f}, "
-        f"macro F1 {clean['macro']['f1']:.4f}, log loss {clean['log_loss']:.4f}"
+        f"{clean['num_scans']} test scans without a copy in training: "
+        f"accuracy {clean['accuracy']:.4f}, macro F1 {clean['macro']['f1']:.4f}, "
+        f"log loss {clean['log_loss']:.4f}"
     )
     for name, row in clean["per_class"].items():
         print(

@@ -6,7 +6,7 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
-from jobs.command import OutOption, OverwriteOption, SourceArgument
+from jobs.command import OutOption, OverwriteOption, SourceArgument, TaskOption
 from jobs.recipes_folder import RECIPES
 
 if TYPE_CHECKING:
@@ -24,39 +24,69 @@ def run(
             "[default: mobilenetv2] bt train writes those that are missing.",
         ),
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="four_class or binary. [default: what the folders say]")
+    task: TaskOption = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            metavar="family|given",
+            help="family keeps copies (and a patient's scans) together; given keeps the source's "
+            "Training and Testing folders, and every figure is then given twice.",
+        ),
+    ] = "family",
+    resolve: Annotated[
+        str | None,
+        typer.Option(metavar="CSV", help="Docket of label conflicts that a person has filled in."),
+    ] = None,
+    keep_splits: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-splits",
+            metavar="DIR",
+            help="Earlier dataset whose scans keep their split: test scans stay test scans.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split and of the shards' order.")] = 0,
     overwrite: OverwriteOption = False,
 ) -> int:
-    """Read a labelled archive; write catalog, grouped split and shards.
+    """Read a labelled archive; write catalog, copies, split by families, and shards.
 
     Exit code 3 says that some files are in no split; the catalog holds them with their reasons.
     """
-    from bt_core.data.catalog import Dataset, assign_splits, describe, label_refs
-    from bt_core.data.pipeline import decode_catalog, ensure_view
-    from bt_core.labels import LABEL_SPACES
+    from bt_core.data import copies
+    from bt_core.data.catalog import Dataset, describe, label_refs, splits_by_pixels
+    from bt_core.data.decode_stage import FamilyStage
+    from bt_core.data.pipeline import survey
+    from bt_core.data.splits import SplitPlan, assign_splits
+    from bt_core.data.views import ensure_view
     from bt_core.scans.archives import list_scans
     from bt_core.training.recipe import load_recipe
     from cluster.session import session
 
-    if task not in (None, *LABEL_SPACES):
-        raise UsageError(f"--task {task}: use four_class or binary")
+    if split not in ("family", "given"):
+        raise UsageError(f"--split {split}: use family or given")
+    plan = SplitPlan(by=split, seed=seed)
     specs = [load_recipe(name, RECIPES).preprocess for name in recipe or ["mobilenetv2"]]
     out = storage.absolute(out)
     listing = list_scans(source)
-    refs, space = label_refs(listing.refs, task)  # type: ignore[arg-type]
+    refs, space = label_refs(listing.refs, task)
+    decisions = copies.read_docket(resolve, space) if resolve else {}
+    previous = splits_by_pixels(Dataset(keep_splits)) if keep_splits else None
     _clear(out, overwrite)
-    fractions = (0.7, 0.15, 0.15)
     with session():
-        catalog = assign_splits(decode_catalog(refs), fractions, seed)
-        info = describe(catalog, storage.absolute(source), space, listing.skipped, fractions, seed)
+        catalog, pairs = survey(refs, FamilyStage())
+        catalog = copies.resolve(copies.add_families(catalog, pairs), decisions)
+        conflicts = copies.find_conflicts(catalog, pairs)
+        catalog = assign_splits(copies.leave_out_conflicts(catalog, conflicts), plan, previous)
+        info = describe(catalog, storage.absolute(source), space, listing.skipped, plan)
         storage.write_table(storage.join(out, "catalog.parquet"), catalog)
+        storage.write_table(storage.join(out, "copies.parquet"), copies.pairs_table(catalog, pairs))
         for spec in specs:
             ensure_view(Dataset(out, info), spec)
         storage.write_json(storage.join(out, "dataset.json"), info.model_dump(mode="json"))
     _print_summary(info)
+    if conflicts:
+        storage.write_bytes(storage.join(out, "docket.csv"), copies.docket_csv(catalog, conflicts))
+        print(f"label conflicts in {out}/docket.csv; fill it in and pass it with --resolve")
     print(f"dataset in {out}")
     return EXIT_INCOMPLETE if info.num_left_out else EXIT_OK
 
@@ -65,6 +95,11 @@ def _print_summary(info: "DatasetInfo") -> None:
     for split, counts in info.counts.items():
         classes = ", ".join(f"{name} {count}" for name, count in counts.items())
         print(f"{split:<11}{sum(counts.values()):>7} scans  ({classes})")
+    print(f"families   {info.num_families:>7}        (copies of one scan, never in two splits)")
+    if info.num_copied_from_training:
+        print(
+            f"copied     {info.num_copied_from_training:>7} scans  (not in training, but a copy is)"
+        )
     for reason, count in info.num_left_out.items():
         print(f"left out   {count:>7} scans  ({reason}; see catalog.parquet)")
     for why, count in info.num_skipped.items():

@@ -13,12 +13,11 @@ from pydantic import Field
 
 from bt_core import storage
 from bt_core.config import StrictModel, parse
-from bt_core.data.splits import SPLITS, grouped_split
-from bt_core.errors import ConfigError, DatasetError, SourceError
+from bt_core.data.splits import SPLITS, SplitPlan
+from bt_core.errors import ConfigError, DatasetError, SourceError, UsageError
 from bt_core.labels import (
     LABEL_SPACES,
     LabelSpace,
-    Task,
     class_of_folder,
     infer_task,
     known_folder_names,
@@ -38,8 +37,7 @@ class DatasetInfo(StrictModel):
     format_version: int = 1
     source: str
     label_space: LabelSpace
-    seed: int
-    fractions: tuple[float, float, float]
+    plan: SplitPlan
     num_scans: int
     num_left_out: dict[str, int]
     """Reason code to number of files that are in no split."""
@@ -47,6 +45,10 @@ class DatasetInfo(StrictModel):
     """Files of the source that are not scans, by why."""
     counts: dict[str, dict[str, int]] = Field(default_factory=dict)
     """Split to class to number of scans."""
+    num_families: int
+    """Groups of scans that are copies of one another, single scans included."""
+    num_copied_from_training: int = 0
+    """Validation and test scans with a copy in training; only a given split has any."""
     digest: str
     """Of every scan's content digest, label and split."""
 
@@ -88,7 +90,7 @@ class Dataset:
         return table.filter(pc.equal(table["split"], name))
 
 
-def label_refs(refs: list[ScanRef], task: Task | None) -> tuple[pa.Table, LabelSpace]:
+def label_refs(refs: list[ScanRef], task: str | None) -> tuple[pa.Table, LabelSpace]:
     """Give every listed scan its label from its folder.
 
     The deepest folder whose name is a known class decides; a folder such as Training is kept as
@@ -96,21 +98,17 @@ def label_refs(refs: list[ScanRef], task: Task | None) -> tuple[pa.Table, LabelS
 
     Args:
         refs: listed scans.
-        task: the label space; None infers it.
+        task: the label space, four_class or binary; None infers it.
 
     Returns:
         A table with scan_id, uri, member, position, label and given_split, and the label space.
 
     Raises:
+        UsageError: if there is no such task.
         SourceError: if some folder is not a known class (all are listed, with the known names), or
             fewer than two classes are there.
     """
-    folders = [_folders(ref.member) for ref in refs]
-    # What all members share is the archive's own name, which may sound like a class.
-    levels = zip(*folders, strict=False)
-    shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
-    shared = 0 if any(len(own) == shared for own in folders) else shared
-    classes = [_class_of_folders(own[shared:]) for own in folders]
+    classes = _classes(refs)
     unknown = Counter(_folder(r.member) for r, c in zip(refs, classes, strict=True) if c is None)
     if unknown:
         listed = ", ".join(f"{name!r} ({count} files)" for name, count in unknown.most_common(10))
@@ -118,17 +116,45 @@ def label_refs(refs: list[ScanRef], task: Task | None) -> tuple[pa.Table, LabelS
             f"unknown class folder {listed}; known folder names are: {known_folder_names()}. "
             "Rename or remove these folders"
         )
-    known = [c for c in classes if c is not None]
-    space = LABEL_SPACES[task or infer_task(set(known))]
-    labels = [to_task(c, space.task) for c in known]
-    if None in labels:
+    labels, space = _labels(classes, task)
+    if "" in labels:
         raise SourceError("folders of untyped tumours cannot be used for the task four_class")
     if len(set(labels)) < 2:
         raise SourceError(f"the source holds one class only ({labels[0]}); at least two are needed")
+    return _labelled(refs, labels), space
+
+
+def label_refs_if_known(refs: list[ScanRef], task: str | None) -> pa.Table:
+    """Give every listed scan its label as `label_refs` does, or an empty one where none is known.
+
+    Raises:
+        UsageError: if there is no such task.
+        SourceError: if folders of typed and untyped tumours are mixed and no task is given.
+    """
+    return _labelled(refs, _labels(_classes(refs), task)[0])
+
+
+def _labelled(refs: list[ScanRef], labels: list[str]) -> pa.Table:
     columns: dict[str, Any] = ref_columns(refs)
     columns["label"] = labels
     columns["given_split"] = [_given_split(ref.member) for ref in refs]
-    return pa.table(columns), space
+    return pa.table(columns)
+
+
+def _labels(classes: list[str | None], task: str | None) -> tuple[list[str], LabelSpace]:
+    if task not in (None, *LABEL_SPACES):
+        raise UsageError(f"--task {task}: use {' or '.join(LABEL_SPACES)}")
+    space = LABEL_SPACES[task or infer_task({c for c in classes if c is not None})]
+    return [to_task(c, space.task) or "" if c else "" for c in classes], space
+
+
+def _classes(refs: list[ScanRef]) -> list[str | None]:
+    folders = [_folders(ref.member) for ref in refs]
+    # What all members share is the archive's own name, which may sound like a class.
+    levels = zip(*folders, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+    shared = 0 if any(len(own) == shared for own in folders) else shared
+    return [_class_of_folders(own[shared:]) for own in folders]
 
 
 def ref_columns(refs: list[ScanRef]) -> dict[str, Any]:
@@ -141,46 +167,12 @@ def ref_columns(refs: list[ScanRef]) -> dict[str, Any]:
     }
 
 
-def assign_splits(catalog: pa.Table, fractions: tuple[float, float, float], seed: int) -> pa.Table:
-    """Add the columns `group` and `split` to decoded, labelled rows, sorted by scan_id.
-
-    Scans with equal pixels form a group. Scans whose group stands under two labels are left out
-    with the reason `label_conflict`: nobody can say which one is right. `split` is empty for what
-    is left out.
-    """
-    catalog = catalog.sort_by("scan_id")
-    columns = catalog.to_pydict()
-    labels_of: dict[str, set[str]] = {}
-    for group, label in zip(columns["pixel_sha256"], columns["label"], strict=True):
-        labels_of.setdefault(group, set()).add(label)
-    reasons = [
-        "label_conflict" if not reason and len(labels_of[group]) > 1 else reason
-        for reason, group in zip(columns["reason"], columns["pixel_sha256"], strict=True)
-    ]
-    kept = [i for i, reason in enumerate(reasons) if not reason]
-    splits = [""] * len(reasons)
-    dealt = grouped_split(
-        [columns["pixel_sha256"][i] for i in kept],
-        [columns["label"][i] for i in kept],
-        fractions,
-        seed,
-    )
-    for i, split in zip(kept, dealt, strict=True):
-        splits[i] = split
-    groups = [digest[:16] for digest in columns["pixel_sha256"]]
-    catalog = catalog.drop_columns(["reason"])
-    for name, values in (("reason", reasons), ("group", groups), ("split", splits)):
-        catalog = catalog.append_column(name, pa.array(values, pa.string()))
-    return catalog
-
-
 def describe(
     catalog: pa.Table,
     source: str,
     space: LabelSpace,
     skipped: dict[str, int],
-    fractions: tuple[float, float, float],
-    seed: int,
+    plan: SplitPlan,
 ) -> DatasetInfo:
     """Return the facts of a split catalog.
 
@@ -203,14 +195,22 @@ def describe(
     return DatasetInfo(
         source=source,
         label_space=space,
-        seed=seed,
-        fractions=fractions,
+        plan=plan,
         num_scans=len(rows),
         num_left_out=dict(Counter(r["reason"] for r in rows if r["reason"])),
         num_skipped=skipped,
         counts=counts,
+        num_families=len(set(catalog["family"].to_pylist()) - {""}),
+        num_copied_from_training=sum(catalog["copy_in_training"].to_pylist()),
         digest=storage.digest_lines(lines),
     )
+
+
+def splits_by_pixels(dataset: Dataset) -> dict[str, str]:
+    """Return the split of every picture of a dataset that is in one, by its pixel digest."""
+    columns = dataset.catalog().select(["pixel_sha256", "split"]).to_pydict()
+    rows = zip(columns["pixel_sha256"], columns["split"], strict=True)
+    return {digest: split for digest, split in rows if split}
 
 
 def _folders(member: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bt_core import storage
+from bt_core.data.families import DESCRIPTOR_LENGTH, THUMBNAIL, describe
 from bt_core.errors import ScanError
 from bt_core.scans.archives import ScanRef, read_member
 from bt_core.scans.formats import decode_scan
@@ -24,7 +25,8 @@ class DecodeStage:
     """Turns rows of `REF_COLUMNS` into decoded rows, one for one.
 
     Added columns: content_sha256, pixel_sha256 (of the decoded grey image, before preprocessing),
-    format, width, height, bit_depth, reason (empty when decoded), detail, and `pixels_<i>` uint8
+    format, width, height, bit_depth, steps (what was done to decode it), patient (keyed hash, or
+    empty), reason (empty when decoded), detail, and `pixels_<i>` uint8
     (S, S) for the i-th spec, all zero where `reason` is not empty. Other columns pass through.
 
     Args:
@@ -58,6 +60,7 @@ class DecodeStage:
             "width": width,
             "height": height,
             "bit_depth": scan.bit_depth,
+            "steps": "; ".join(scan.steps),
         }
         for i, spec in enumerate(self.specs):
             result[f"pixels_{i}"] = preprocess_pixels(scan.image_HW, spec)
@@ -66,10 +69,34 @@ class DecodeStage:
     def set_aside(self, row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
         """Return the full row of a scan that gave nothing, with its reason."""
         blank: dict[str, Any] = {"content_sha256": "", "pixel_sha256": "", "format": ""}
-        blank |= {"width": 0, "height": 0, "bit_depth": 0, "reason": reason, "detail": detail}
+        blank |= {"width": 0, "height": 0, "bit_depth": 0, "steps": "", "patient": ""}
+        blank |= {"reason": reason, "detail": detail}
         for i, spec in enumerate(self.specs):
             blank[f"pixels_{i}"] = np.zeros((spec.size_px, spec.size_px), np.uint8)
         return {**row, **blank}
+
+
+@dataclass(frozen=True)
+class FamilyStage:
+    """Turns rows of `REF_COLUMNS` into catalog rows with what the search for copies needs.
+
+    Adds to `DecodeStage`'s columns `thumbnail` uint8 (64, 64) and `descriptor` float32 (D,), both
+    zero where `reason` is not empty.
+    """
+
+    decode: DecodeStage = DecodeStage((THUMBNAIL,))
+
+    def __call__(self, columns: Columns) -> Columns:
+        """Process a batch; a scan that cannot be used gets a reason, never an exception."""
+        result = self.decode(columns)
+        thumbnails = result.pop("pixels_0")
+        return {**result, "thumbnail": thumbnails, "descriptor": describe(thumbnails)}
+
+    def set_aside(self, row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
+        """Return the full row of a scan that gave nothing, with its reason."""
+        blank = self.decode.set_aside(row, reason, detail)
+        blank["thumbnail"] = blank.pop("pixels_0")
+        return {**blank, "descriptor": np.zeros(DESCRIPTOR_LENGTH, np.float32)}
 
 
 def pixel_digest(image_HW: np.ndarray) -> str:

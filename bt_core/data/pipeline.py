@@ -1,4 +1,4 @@
-"""Ray Data over scans: decode in guarded tasks, write views, read shards, score.
+"""Ray Data over scans: decode in guarded tasks, find copies, score.
 
 Ray retries for ever by default, so a file that kills its decoder would stop a job without an end.
 Here every retry is bounded, and decoding runs in tasks of its own whose death is noticed: the scans
@@ -8,7 +8,6 @@ of a dead task are tried one by one, twice each, and one that dies again is set 
 
 import logging
 import sys
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,23 +16,22 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
 
-from bt_core import storage
-from bt_core.data.catalog import Dataset
-from bt_core.data.decode_stage import Columns, DecodeStage
+from bt_core.data.decode_stage import Columns, DecodeStage, FamilyStage
+from bt_core.data.families import CopyIndex, Pairs, exact_pairs
 from bt_core.scans.preprocess import PreprocessSpec
 
 MAX_RETRIES: Final = 2
 """How often Ray may repeat a lost task or restart a lost actor."""
 TRIES_PER_SCAN: Final = 2
 _DECODE_BATCH: Final = 64
-_SHARD_ROWS: Final = 512
+_SEARCH_ROWS: Final = 2048
 _SCANS_WORTH_AN_ACTOR: Final = 256
-_CACHED_SHARE: Final = 0.25
 _STARVED_AFTER_SECONDS: Final = 300
 _CRASHES: Final = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 
@@ -71,86 +69,59 @@ def decode(refs: pa.Table, stage: RowStage) -> ray.data.Dataset:
     """
     configure()
     blocks = [refs.slice(i, _DECODE_BATCH) for i in range(0, refs.num_rows, _DECODE_BATCH)]
-    with _bounded_retries():
+    with bounded_retries():
         return ray.data.from_arrow(blocks).map_batches(
             _guarded, fn_kwargs={"stage": stage}, batch_size=None, max_retries=MAX_RETRIES
         )
 
 
-def decode_catalog(refs: pa.Table) -> pa.Table:
-    """Read, decode and digest every scan; return the rows without pixels, one for each ref.
+def survey(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, Pairs]:
+    """Read, decode and digest every scan, and find all copies among them.
+
+    The thumbnails and descriptors (5 KB for each scan) are gathered, indexed once, and searched in
+    parallel over the cluster.
+
+    Args:
+        refs: rows of `REF_COLUMNS` and any others.
+        stage: what is done to each scan.
+
+    Returns:
+        The catalog without pixels, one row for each ref, sorted by scan_id; and the pairs of
+        copies, which index its rows: every near copy among scans of different pixels, and each scan
+        with the first one of equal pixels.
 
     Raises:
         RuntimeError: if rows were lost, which would be a defect of this program.
     """
-    dataset = decode(refs, DecodeStage())
-    tables = [ray.get(ref) for ref in dataset.to_arrow_refs()]
-    table = pa.concat_tables(tables, promote_options="permissive")
-    check_rows(refs, table)
-    return table
+    tables, thumbnails, descriptors = [], [], []
+    for batch in decode(refs, stage).iter_batches(batch_size=None, batch_format="numpy"):
+        thumbnails.append(batch.pop("thumbnail"))
+        descriptors.append(batch.pop("descriptor"))
+        tables.append(pa.table(batch))
+    catalog = pa.concat_tables(tables, promote_options="permissive")
+    check_rows(refs, catalog)
+    order = pc.sort_indices(catalog, [("scan_id", "ascending"), ("position", "ascending")])
+    catalog = catalog.take(order)
+    exact, rows = exact_pairs(catalog["pixel_sha256"].to_pylist())
+    picked = order.to_numpy()[rows]
+    near = find_copies(np.concatenate(thumbnails)[picked], np.concatenate(descriptors)[picked])
+    near = Pairs(rows[near.left_P], rows[near.right_P], near.correlation_P, near.transform_P)
+    return catalog, Pairs.concatenate([exact, near])
 
 
-def ensure_view(dataset: Dataset, spec: PreprocessSpec) -> str:
-    """Return the folder of a dataset's pixel shards for a spec, writing them first if need be.
-
-    A view holds `split=train`, `split=validation` and `split=test`, each with Parquet shards of
-    scan_id, label (class index) and pixels (uint8, S x S), in a random order that the dataset's
-    seed decides, so that streaming them in order mixes the classes.
-    """
-    name = f"{spec.size_px}px-{spec.pixel_digest[:8]}"
-    location = storage.join(dataset.location, "views", name)
-    if storage.exists(storage.join(location, "view.json")):
-        return location
-    catalog = dataset.catalog()
-    used = np.flatnonzero(np.array(catalog["split"].to_pylist()) != "")
-    order = np.random.default_rng(dataset.info.seed).permutation(used)
-    rows = catalog.take(pa.array(order))
-    index = [dataset.info.label_space.index(label) for label in rows["label"].to_pylist()]
-    refs = rows.select(["scan_id", "uri", "member", "position", "split", "pixel_sha256"])
-    refs = refs.rename_columns({"pixel_sha256": "expected"})
-    refs = refs.append_column("label", pa.array(index, pa.int64()))
-    beside = storage.join(dataset.location, "views", f"{name}.{uuid.uuid4().hex[:8]}.tmp")
-    with _bounded_retries():
-        decode(refs, DecodeStage((spec,))).map_batches(
-            _view_rows, batch_size=_SHARD_ROWS, max_retries=MAX_RETRIES
-        ).write_parquet(
-            beside,
-            partition_cols=["split"],
-            mode="append",
-            ray_remote_args={"max_retries": MAX_RETRIES},
-        )
-    written = storage.read_table(beside, columns=["scan_id"])
-    check_rows(refs, written)
-    if storage.exists(storage.join(location, "view.json")):  # another command was faster
-        storage.remove_dir(beside)
-        return location
-    view = {"preprocess": spec.model_dump(), "num_scans": len(order)}
-    storage.write_json(storage.join(beside, "view.json"), view)
-    storage.remove_dir(location)
-    storage.move_dir(beside, location)
-    return location
-
-
-def read_view(view: str, split: str) -> ray.data.Dataset:
-    """Return the dataset of one split of a view: scan_id, label, pixels.
-
-    A split that takes less than a quarter of the cluster's object store is read into it once, so
-    that an epoch does not begin with starting tasks (12 to 20 s on two busy cores); a larger one is
-    streamed from its shards every epoch.
-    """
+def find_copies(pixels_NFF: np.ndarray, descriptors_ND: np.ndarray) -> Pairs:
+    """Find all copies among thumbnails, in blocks over the cluster; see `data.families`."""
+    if len(pixels_NFF) < 2:
+        return Pairs.concatenate([])
     configure()
-    folder = storage.join(view, f"split={split}")
-    with _bounded_retries():
-        shards = ray.data.read_parquet(
-            folder, partitioning=None, ray_remote_args={"max_retries": MAX_RETRIES}
+    index = ray.put(CopyIndex(pixels_NFF, descriptors_ND))
+    num_blocks = -(-len(pixels_NFF) // _SEARCH_ROWS)
+    with bounded_retries():
+        found = ray.data.range(num_blocks, override_num_blocks=num_blocks).map_batches(
+            _search, fn_kwargs={"index": [index]}, batch_size=None, max_retries=MAX_RETRIES
         )
-        dataset = shards.select_columns(
-            ["scan_id", "label", "pixels"], ray_remote_args={"max_retries": MAX_RETRIES}
-        )
-    side = storage.read_json(storage.join(view, "view.json"))["preprocess"]["size_px"]
-    num_bytes = dataset.count() * side**2
-    fits = num_bytes < _CACHED_SHARE * ray.cluster_resources().get("object_store_memory", 0)
-    return dataset.materialize() if fits else dataset
+        blocks = list(found.iter_batches(batch_size=None, batch_format="numpy"))
+    return Pairs.concatenate([Pairs(**block) for block in blocks])
 
 
 def score(
@@ -178,7 +149,7 @@ def score(
         num_gpus_per_actor: GPUs each holds.
     """
     size = max(1, min(num_actors, refs.num_rows // _SCANS_WORTH_AN_ACTOR))
-    with _bounded_retries():
+    with bounded_retries():
         decode(refs, DecodeStage(specs)).map_batches(
             scorer,
             fn_constructor_args=scorer_args,
@@ -206,20 +177,11 @@ def check_rows(refs: pa.Table, rows: pa.Table) -> None:
         raise RuntimeError(f"{refs.num_rows} scans went in, {rows.num_rows} rows came out")
 
 
-def _view_rows(columns: Columns) -> Columns:
-    """Keep a view's columns; refuse scans that no longer decode to what the catalog says."""
-    changed = columns["pixel_sha256"] != columns["expected"]
-    lost = sorted(set(columns["reason"].tolist()) - {""})
-    if lost:
-        raise ValueError(f"scans of the catalog cannot be read any more: {', '.join(lost)}")
-    if changed.any():
-        first = columns["scan_id"][changed][0]
-        raise ValueError(
-            f"{int(changed.sum())} scans differ from the catalog (first: scan {first}): the source "
-            "has changed since bt prepare; prepare it again"
-        )
-    kept = {name: columns[name] for name in ("scan_id", "label", "split")}
-    return {**kept, "pixels": columns["pixels_0"]}
+def _search(blocks: Columns, index: list[ray.ObjectRef]) -> Columns:
+    copies: CopyIndex = ray.get(index[0])
+    starts = [int(block) * _SEARCH_ROWS for block in blocks["id"]]
+    parts = [copies.search(at, min(at + _SEARCH_ROWS, len(copies))) for at in starts]
+    return vars(Pairs.concatenate(parts))
 
 
 def _guarded(columns: Columns, stage: RowStage) -> Columns:
@@ -255,7 +217,7 @@ def _get(ref: Any) -> Columns:
 
 
 @contextmanager
-def _bounded_retries() -> Iterator[None]:
+def bounded_retries() -> Iterator[None]:
     """Allow `max_retries` and its like, which Ray 2.60 deprecates without another way."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)

@@ -27,8 +27,8 @@ on patients, other organs, other modalities, whole volumes.
 | answered without review | {answered:.3f} |
 
 Calibration and the review rule were fitted on these same validation scans, so the figures are
-optimistic. Use the report of `bt evaluate` on test scans instead. Only exact pixel copies are kept
-out of other splits: mirrored copies and neighbouring slices of one patient may stand on both sides.
+optimistic. Use the report of `bt evaluate` on test scans instead. Neighbouring slices of one
+patient may stand on both sides of the split where the scans carry no patient id.
 """
 
 

@@ -22,11 +22,11 @@ def evaluate(predictions: pa.Table, truth: pa.Table, names: tuple[str, ...]) -> 
 
     Args:
         predictions: score rows of exactly the scans of `truth`.
-        truth: scan_id and label.
+        truth: scan_id, label and copy_in_training.
         names: class names in the order of the probabilities.
 
     Returns:
-        `clean`: metrics on the scans whose pixels were not trained on, the headline; `all`: metrics
+        `clean`: metrics on the scans of which no copy was trained on, the headline; `all`: metrics
         on all answered scans; `answered`: metrics without the deferred ones; `flow`: counts by
         status and reason.
 
@@ -39,12 +39,15 @@ def evaluate(predictions: pa.Table, truth: pa.Table, names: tuple[str, ...]) -> 
             f"{len(wanted)} scans to evaluate, {len(got)} predictions that do not match them"
         )
     columns = ["scan_id", "status", "reason", "seen_in_training", *(f"prob_{n}" for n in names)]
-    joined = predictions.select(columns).join(truth.select(["scan_id", "label"]), keys="scan_id")
+    joined = predictions.select(columns).join(
+        truth.select(["scan_id", "label", "copy_in_training"]), keys="scan_id"
+    )
     joined = joined.sort_by("scan_id")
     usable = joined.filter(pc.is_in(joined["status"], pa.array(["scored", "deferred"])))
     if not usable.num_rows:
         raise RunError("no test scan could be read; is the source of the dataset still there?")
-    clean = usable.filter(pc.invert(usable["seen_in_training"]))
+    seen = pc.or_(usable["seen_in_training"], usable["copy_in_training"])
+    clean = usable.filter(pc.invert(seen))
     answered = usable.filter(pc.equal(usable["status"], "scored"))
     reasons = Counter(
         f"{status}: {reason}" if reason else status
@@ -71,8 +74,8 @@ def write_report(
     """
     if figures["clean"] is None:
         raise RunError(
-            "every test scan was trained on, so nothing can be said about new ones; evaluate on "
-            "the dataset that the bundle was trained with, or on scans that it has not seen"
+            "every test scan, or a copy, was trained on, so nothing can be said about new ones; "
+            "evaluate on the dataset that the bundle was trained with, or on other scans"
         )
     names = bundle.label_space.names
     picture = confusion_matrix_png(figures["clean"]["confusion_matrix"], names)

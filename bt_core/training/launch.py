@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer
 
 from bt_core import storage
 from bt_core.data.catalog import Dataset
-from bt_core.data.pipeline import ensure_view, read_view
+from bt_core.data.views import ensure_view, read_view
 from bt_core.errors import DatasetError, RunError, UsageError
 from bt_core.log import logger
 from bt_core.models.classifier import build_classifier

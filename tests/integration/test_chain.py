@@ -10,7 +10,7 @@ import torch
 
 from bt_core import storage
 from bt_core.data.catalog import Dataset
-from bt_core.data.pipeline import read_view
+from bt_core.data.views import read_view
 from bt_core.models.bundle import Bundle
 from bt_core.models.classifier import rebuild_classifier
 from bt_core.models.inputs import Preprocessor

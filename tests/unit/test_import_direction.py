@@ -31,6 +31,7 @@ ONLY_IN = {
     "fastapi": ("serve/",),
     "ray": (
         "bt_core/data/pipeline.py",
+        "bt_core/data/views.py",
         "bt_core/training/worker.py",
         "bt_core/training/launch.py",
         "bt_core/training/search.py",

@@ -1,0 +1,211 @@
+"""What `bt audit` says about a source: copies, where they cross the given splits, and conflicts."""
+
+import base64
+import io
+from collections import Counter
+from typing import Any, Final
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from bt_core.data.copies import pictures_of
+from bt_core.data.families import TRANSFORMS, Pairs, transformed
+from bt_core.errors import ScanError
+from bt_core.scans.archives import ScanRef, read_member
+from bt_core.scans.formats import decode_scan
+from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels
+
+_PICTURE: Final = PreprocessSpec(size_px=160, fit="pad")
+_PER_TRANSFORM: Final = 3
+_MAX_CONFLICTS_SHOWN: Final = 20
+_CLOSE_CALLS_SHOWN: Final = 6
+
+
+def audit_figures(
+    catalog: pa.Table, pairs: Pairs, conflicts: list[list[int]], skipped: dict[str, int]
+) -> dict[str, Any]:
+    """Return all figures of an audit as a JSON-able object.
+
+    Args:
+        catalog: rows with label (empty if the source has no classes), given_split, reason, family.
+        pairs: the copies; indices of its rows.
+        conflicts: what `copies.find_conflicts` gives.
+        skipped: files of the source that are not scans, by why.
+    """
+    columns = catalog.select(["label", "given_split", "reason", "family"]).to_pydict()
+    usable = [row for row, reason in enumerate(columns["reason"]) if not reason]
+    pictures, _ = pictures_of(catalog, pairs)
+    sizes = Counter(columns["family"][row] for row in usable)
+    near = np.ones(len(pairs), bool)
+    near[: sum(len(rows) - 1 for rows in pictures)] = False  # exact ones come first
+    of_transform = Counter(TRANSFORMS[k] for k in pairs.transform_P[near])
+    return {
+        "num_scans": catalog.num_rows,
+        "num_readable": len(usable),
+        "unreadable": dict(Counter(reason for reason in columns["reason"] if reason)),
+        "skipped": skipped,
+        "exact_copies": {
+            "num_pictures": sum(len(rows) > 1 for rows in pictures),
+            "num_scans": sum(len(rows) for rows in pictures if len(rows) > 1),
+            "num_redundant": len(usable) - len(pictures),
+        },
+        "families": {
+            "num": len(sizes),
+            "num_with_copies": sum(size > 1 for size in sizes.values()),
+            "num_scans_with_copies": sum(size for size in sizes.values() if size > 1),
+            "largest": max(sizes.values(), default=0),
+            "by_size": {str(size): n for size, n in sorted(Counter(sizes.values()).items())},
+        },
+        "near_pairs": {"num": int(near.sum()), "by_transform": dict(of_transform.most_common())},
+        "classes": {
+            label: _class_figures(columns, [r for r in usable if columns["label"][r] == label])
+            for label in sorted(set(columns["label"]) - {""})
+        },
+        "across_splits": _across_splits(catalog, pairs),
+        "label_conflicts": [
+            catalog.select(["scan_id", "label", "given_split"]).take(pa.array(rows)).to_pylist()
+            for rows in conflicts
+        ],
+    }
+
+
+def _class_figures(columns: dict[str, list[Any]], rows: list[int]) -> dict[str, int]:
+    sizes = Counter(columns["family"][row] for row in rows)
+    return {
+        "num_scans": len(rows),
+        "num_families": len(sizes),
+        "num_scans_with_copies": sum(size for size in sizes.values() if size > 1),
+    }
+
+
+def _across_splits(catalog: pa.Table, pairs: Pairs) -> dict[str, dict[str, Any]] | None:
+    """Count the scans of each given split but train that have a copy in train, whole and by class.
+
+    `num_exact`: equal pixels; `num_copies`: copies by the definition, exact ones included;
+    `num_in_family`: joined to a training scan through copies of copies.
+    """
+    columns = catalog.select(["label", "given_split", "reason", "family"]).to_pydict()
+    split_of, label_of, family_of = (columns[c] for c in ("given_split", "label", "family"))
+    pictures, edges = pictures_of(catalog, pairs)
+    trained = {k for k, rows in enumerate(pictures) if any(split_of[r] == "train" for r in rows)}
+    near = trained | {b for a, b in edges if a in trained} | {a for a, b in edges if b in trained}
+    families = {family_of[row] for k in trained for row in pictures[k] if split_of[row] == "train"}
+    counts: dict[str, dict[str, Any]] = {}
+    for k, rows in enumerate(pictures):
+        for row in rows:
+            if split_of[row] in ("", "train"):
+                continue
+            own = counts.setdefault(split_of[row], {"all": Counter(), "by_class": {}})
+            found = {"num_scans": 1, "num_exact": k in trained, "num_copies": k in near}
+            found["num_in_family"] = family_of[row] in families
+            own["all"].update(found)
+            if label_of[row]:
+                own["by_class"].setdefault(label_of[row], Counter()).update(found)
+    return counts if counts and trained else None
+
+
+def audit_text(figures: dict[str, Any]) -> str:
+    """Return the figures as a few lines for a terminal."""
+    exact, families = figures["exact_copies"], figures["families"]
+    lines = [
+        f"{figures['num_readable']} of {figures['num_scans']} scans can be read"
+        + "".join(f"; {n} {reason}" for reason, n in figures["unreadable"].items()),
+        f"exact copies: {exact['num_scans']} scans are {exact['num_pictures']} pictures",
+        f"families: {families['num']}, of which {families['num_with_copies']} hold several copies "
+        f"({families['num_scans_with_copies']} scans; the largest {families['largest']})",
+    ]
+    lines += [
+        f"  {label:<11} {own['num_scans']:>6} scans, {own['num_families']:>6} families, "
+        f"{own['num_scans_with_copies']:>6} scans with copies"
+        for label, own in figures["classes"].items()
+    ]
+    for split, counts in (figures["across_splits"] or {}).items():
+        whole = counts["all"]
+        lines.append(
+            f"across the given splits: {whole['num_copies']} of {whole['num_scans']} {split} scans "
+            f"({whole['num_copies'] / whole['num_scans']:.1%}) have a copy in training, "
+            f"{whole['num_exact']} of them pixel by pixel"
+        )
+        lines += [
+            f"  {label:<11} {own['num_copies']:>6} of {own['num_scans']:>6}"
+            for label, own in sorted(counts["by_class"].items())
+        ]
+    if figures["across_splits"] is None:
+        lines.append("across the given splits: the source has no Training and Testing folders")
+    lines.append(f"label conflicts: {len(figures['label_conflicts'])}")
+    return "\n".join(lines)
+
+
+def audit_page(figures: dict[str, Any], source: str, shown: list[dict[str, Any]]) -> bytes:
+    """Return the page, self-contained HTML; `shown` is what `picture_pairs` gives."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bt_core.data", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("audit.html.j2")
+    return page.render(figures=figures, source=source, shown=shown).encode()
+
+
+def picture_pairs(
+    catalog: pa.Table, pairs: Pairs, conflicts: list[list[int]], seed: int = 0
+) -> list[dict[str, Any]]:
+    """Choose pairs to look at and draw them.
+
+    Label conflicts first, then pairs across the given splits of every transform at random, then
+    those nearest to the threshold.
+
+    Returns:
+        For each: title, left and right (label, given split and scan id in words), transform,
+        correlation, and `picture`, base64 PNG: left, right, and left turned onto right.
+    """
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    split = np.array(catalog["given_split"].to_pylist(), object)
+    conflict = {row: k for k, rows in enumerate(conflicts, 1) for row in rows}
+    left, right = pairs.left_P, pairs.right_P
+    chosen: dict[int, str] = {}
+    for p in range(len(pairs)):
+        number = conflict.get(int(left[p]))
+        inside = number is not None and number == conflict.get(int(right[p]))
+        if inside and len(chosen) < _MAX_CONFLICTS_SHOWN:
+            chosen[p] = f"label conflict {number}"
+    for k in range(len(TRANSFORMS)):
+        own = [p for p in order if pairs.transform_P[p] == k and split[left[p]] != split[right[p]]]
+        chosen |= {p: "across splits" for p in own[:_PER_TRANSFORM] if p not in chosen}
+    closest = np.argsort(pairs.correlation_P, kind="stable")[:_CLOSE_CALLS_SHOWN]
+    chosen |= {int(p): "near the threshold" for p in closest if int(p) not in chosen}
+    drawn = (_draw(catalog, pairs, int(p), title) for p, title in chosen.items())
+    return [picture for picture in drawn if picture]
+
+
+def _draw(catalog: pa.Table, pairs: Pairs, p: int, title: str) -> dict[str, Any] | None:
+    ends = (int(pairs.left_P[p]), int(pairs.right_P[p]))
+    rows = catalog.take(pa.array(ends)).to_pylist()
+    try:
+        left, right = (_image(row) for row in rows)
+    except ScanError:  # the source has changed since; the figures stay true for what was read
+        return None
+    turned = transformed(left, int(pairs.transform_P[p]))
+    gap = np.full((left.shape[0], 6), 128, np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(np.hstack([left, gap, right, gap, turned])).save(buffer, "PNG")
+    words = [
+        " ".join(filter(None, [r["label"], r["given_split"], f"scan {r['scan_id']}"])) for r in rows
+    ]
+    return {
+        "title": title,
+        "left": words[0],
+        "right": words[1],
+        "transform": TRANSFORMS[int(pairs.transform_P[p])],
+        "correlation": float(pairs.correlation_P[p]),
+        "picture": base64.b64encode(buffer.getvalue()).decode(),
+    }
+
+
+def _image(row: dict[str, Any]) -> np.ndarray:
+    ref = ScanRef(row["scan_id"], row["uri"], row["member"], row["position"])
+    return preprocess_pixels(decode_scan(read_member(ref), ref.member).image_HW, _PICTURE)

@@ -1,0 +1,211 @@
+"""Families: the copies of a scan under the 8 flips and rotations, re-encoding and resizing.
+
+Two scans are copies when the normalised correlation of their 64x64 thumbnails is at least 0.98
+under one of the 8 transforms of the square (the dihedral group D4). With thumbnails of zero mean
+and unit norm that is a distance of at most sqrt(2 - 2 * 0.98) = 0.2.
+
+The shortlist cannot miss one. A descriptor of the low DCT frequencies is used that (1) is the same
+for all 8 transforms and (2) never lies further apart than the thumbnails do, so a search with
+radius 0.2 around a descriptor finds every copy. A k-d tree over its leading principal components,
+which only shrinks distances further, keeps that search near-linear.
+
+Array names: N scans, P pairs, F = 64, D descriptor length.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import scipy.fft
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+from bt_core.scans.preprocess import PreprocessSpec
+
+THUMBNAIL: Final = PreprocessSpec(size_px=64)
+MIN_CORRELATION: Final = 0.98
+TRANSFORMS: Final = (
+    "as it is",
+    "mirrored left-right",
+    "rotated by 90°",
+    "rotated by 90°, mirrored",
+    "rotated by 180°",
+    "mirrored top-bottom",
+    "rotated by 270°",
+    "rotated by 270°, mirrored",
+)
+"""What `transformed` does, by index: quarter turns anticlockwise, then perhaps a mirror."""
+
+_FREQUENCIES: Final = 16
+_BAND_EDGES: Final = (16, 18, 20, 22, 24, 32, 40, 48, 56, 64)
+DESCRIPTOR_LENGTH: Final = _FREQUENCIES**2 - 1 + len(_BAND_EDGES) - 1
+_TREE_DIMENSIONS: Final = 32
+_RADIUS: Final = float(np.sqrt(2 - 2 * MIN_CORRELATION)) + 1e-4
+"""With room for float32 rounding; the correlation decides in the end."""
+_PAIRS_AT_ONCE: Final = 512
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Verified copies.
+
+    Attributes:
+        left_P: indices of scans.
+        right_P: indices of their copies, larger than `left_P`.
+        correlation_P: float32 in [0.98, 1].
+        transform_P: index into `TRANSFORMS` of what turns the left scan into the right one.
+    """
+
+    left_P: np.ndarray
+    right_P: np.ndarray
+    correlation_P: np.ndarray
+    transform_P: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.left_P)
+
+    @classmethod
+    def concatenate(cls, parts: "list[Pairs]") -> "Pairs":
+        """Return the pairs of all parts; of none, no pairs."""
+        empty = cls(*(np.zeros(0, t) for t in (np.int64, np.int64, np.float32, np.int8)))
+        fields = ("left_P", "right_P", "correlation_P", "transform_P")
+        return cls(*(np.concatenate([getattr(p, f) for p in [empty, *parts]]) for f in fields))
+
+
+def transformed(image_HW: np.ndarray, transform: int) -> np.ndarray:
+    """Return a view of an image, or of a stack in its last two axes, under `TRANSFORMS`."""
+    turned = np.rot90(image_HW, transform // 2, axes=(-2, -1))
+    return turned[..., ::-1] if transform % 2 else turned
+
+
+def unit_thumbnails(pixels_NFF: np.ndarray) -> np.ndarray:
+    """Return thumbnails (N, F, F) as float32 of zero mean and unit norm.
+
+    One without contrast becomes all zero: it correlates with nothing, and has no copies.
+    """
+    values = pixels_NFF.astype(np.float32)
+    values -= values.mean(axis=(1, 2), keepdims=True)
+    norm = np.sqrt(np.einsum("nij,nij->n", values, values))
+    scale = np.where(norm > 0, 1 / np.where(norm > 0, norm, 1), 0).astype(np.float32)
+    return values * scale[:, None, None]
+
+
+def describe(pixels_NFF: np.ndarray) -> np.ndarray:
+    """Return the descriptors float32 (N, D) of uint8 thumbnails (N, F, F).
+
+    Under D4 a DCT coefficient (u, v) changes its sign by (-1)^u or (-1)^v, and changes places with
+    (v, u). So for each such pair (a, b) two numbers stay: a+b and |a-b| where u and v are even,
+    |a+b| and |a-b| where both are odd, the sorted |a|, |b| otherwise (sums divided by sqrt 2). The
+    energy of the higher frequencies adds the norms of bands. Each is a contraction of its own
+    coefficients, so the whole never increases a distance. The constant term is zero and left out.
+    """
+    c = scipy.fft.dctn(unit_thumbnails(pixels_NFF), axes=(1, 2), norm="ortho")
+    half = np.float32(np.sqrt(0.5))
+    columns = []
+    for u in range(_FREQUENCIES):
+        for v in range(max(u, 1), _FREQUENCIES):
+            a, b = c[:, u, v], c[:, v, u]
+            if u == v:
+                columns.append(np.abs(a) if u % 2 else a)
+            elif u % 2 != v % 2:
+                columns += [np.maximum(np.abs(a), np.abs(b)), np.minimum(np.abs(a), np.abs(b))]
+            else:
+                total = (a + b) * half
+                columns += [np.abs(total) if u % 2 else total, np.abs(a - b) * half]
+    higher = np.maximum(*np.mgrid[0 : c.shape[1], 0 : c.shape[2]])
+    for low, high in itertools.pairwise(_BAND_EDGES):
+        band = c[:, (higher >= low) & (higher < high)]
+        columns.append(np.sqrt(np.einsum("nk,nk->n", band, band)))
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+class CopyIndex:
+    """Finds every pair of copies among scans.
+
+    Args:
+        pixels_NFF: uint8 thumbnails (N, F, F), made with the spec `THUMBNAIL`.
+        descriptors_ND: what `describe` gives for them.
+    """
+
+    def __init__(self, pixels_NFF: np.ndarray, descriptors_ND: np.ndarray) -> None:
+        self.pixels_NFF = pixels_NFF
+        self.descriptors_ND = descriptors_ND
+        centred = descriptors_ND - descriptors_ND.mean(axis=0, keepdims=True)
+        sample = centred[:: max(1, len(centred) // 20_000)]
+        _, axes = np.linalg.eigh(sample.T @ sample)
+        self._points = centred @ axes[:, ::-1][:, :_TREE_DIMENSIONS]
+        self._tree = cKDTree(self._points)
+
+    def __len__(self) -> int:
+        return len(self.pixels_NFF)
+
+    def search(self, start: int, stop: int) -> Pairs:
+        """Return the copies of the scans start..stop-1 among the scans after each of them."""
+        parts = [self._verify(pairs) for pairs in self._shortlist(start, stop)]
+        return Pairs.concatenate(parts)
+
+    def _shortlist(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Yield candidate pairs (P, 2), a few at a time."""
+        for first in range(start, stop, 256):
+            block = cKDTree(self._points[first : min(first + 256, stop)])
+            near = block.sparse_distance_matrix(self._tree, _RADIUS, output_type="ndarray")
+            pairs = np.stack([near["i"] + first, near["j"]], axis=1)
+            pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+            for at in range(0, len(pairs), 65_536):
+                some = pairs[at : at + 65_536]
+                apart = self.descriptors_ND[some[:, 0]] - self.descriptors_ND[some[:, 1]]
+                yield some[np.einsum("pd,pd->p", apart, apart) <= _RADIUS**2]
+
+    def _verify(self, pairs_P2: np.ndarray) -> Pairs:
+        parts = []
+        for at in range(0, len(pairs_P2), _PAIRS_AT_ONCE):
+            left, right = pairs_P2[at : at + _PAIRS_AT_ONCE].T
+            correlation_8P = correlations(self.pixels_NFF[left], self.pixels_NFF[right])
+            best = correlation_8P.argmax(axis=0)
+            value = correlation_8P.max(axis=0)
+            found = value >= MIN_CORRELATION
+            parts.append(
+                Pairs(left[found], right[found], value[found], best[found].astype(np.int8))
+            )
+        return Pairs.concatenate(parts)
+
+
+def correlations(left_PFF: np.ndarray, right_PFF: np.ndarray) -> np.ndarray:
+    """Return float32 (8, P): the normalised correlation of each pair under each transform."""
+    left, right = unit_thumbnails(left_PFF), unit_thumbnails(right_PFF)
+    rows = [np.einsum("pij,pij->p", transformed(left, k), right) for k in range(len(TRANSFORMS))]
+    stacked: np.ndarray = np.stack(rows)
+    return stacked.clip(max=1.0)
+
+
+def exact_pairs(pixel_digests: Sequence[str]) -> tuple[Pairs, np.ndarray]:
+    """Return each scan paired with the first one of equal pixels, and the first ones' indices.
+
+    Scans with an empty digest, which could not be read, are in neither.
+    """
+    first_of: dict[str, int] = {}
+    left, right = [], []
+    for i, digest in enumerate(pixel_digests):
+        first = first_of.setdefault(digest, i)
+        if first != i and digest:
+            left.append(first)
+            right.append(i)
+    first_of.pop("", None)
+    num = len(left)
+    pairs = Pairs(
+        np.array(left, np.int64),
+        np.array(right, np.int64),
+        np.ones(num, np.float32),
+        np.zeros(num, np.int8),
+    )
+    return pairs, np.array(list(first_of.values()), np.int64)
+
+
+def join_components(num_scans: int, left_P: np.ndarray, right_P: np.ndarray) -> np.ndarray:
+    """Return int32 (N,): the number of each scan's component when pairs are joined."""
+    links = coo_array((np.ones(len(left_P), bool), (left_P, right_P)), shape=(num_scans, num_scans))
+    components: np.ndarray = connected_components(links, directed=False)[1]
+    return components

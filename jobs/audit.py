@@ -1,0 +1,50 @@
+"""`bt audit`: which scans of a source are copies of one another, and what that spoils."""
+
+from bt_core import storage
+from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
+from jobs.command import OutOption, OverwriteOption, SourceArgument, TaskOption
+
+
+def run(
+    source: SourceArgument,
+    out: OutOption = "runs/audit",
+    task: TaskOption = None,
+    overwrite: OverwriteOption = False,
+) -> int:
+    """Find exact, mirrored, rotated, re-encoded and resized copies; write audit.html and .json.
+
+    docket.csv lists the label conflicts for a person to settle, copies.parquet every pair. Exit
+    code 3 says that some files could not be read.
+    """
+    from bt_core.data import audit, copies
+    from bt_core.data.catalog import label_refs_if_known
+    from bt_core.data.decode_stage import FamilyStage
+    from bt_core.data.pipeline import survey
+    from bt_core.scans.archives import list_scans
+    from cluster.session import session
+
+    out = storage.absolute(out)
+    if storage.exists(storage.join(out, "audit.json")) and not overwrite:
+        raise UsageError(f"{out} holds an audit; choose another -o, or pass --overwrite")
+    listing = list_scans(source)
+    refs = label_refs_if_known(listing.refs, task)
+    with session():
+        catalog, pairs = survey(refs, FamilyStage())
+    catalog = copies.add_families(catalog, pairs)
+    conflicts = copies.find_conflicts(catalog, pairs)
+    figures = audit.audit_figures(catalog, pairs, conflicts, listing.skipped)
+    shown = audit.picture_pairs(catalog, pairs, conflicts)
+    page = audit.audit_page(figures, storage.absolute(source), shown)
+    storage.write_table(storage.join(out, "copies.parquet"), copies.pairs_table(catalog, pairs))
+    storage.write_bytes(storage.join(out, "docket.csv"), copies.docket_csv(catalog, conflicts))
+    storage.write_bytes(storage.join(out, "audit.html"), page)
+    storage.write_json(storage.join(out, "audit.json"), figures)
+    print(audit.audit_text(figures))
+    print(f"audit in {storage.join(out, 'audit.html')}")
+    return EXIT_OK if figures["num_readable"] == figures["num_scans"] else EXIT_INCOMPLETE
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("audit")
