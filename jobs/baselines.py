@@ -1,4 +1,4 @@
-"""The plain PyTorch loops that a user would write; `bt bench` measures against them.
+"""The plain loops that a user would write; `bt bench` measures against them.
 
 They share the model, the weights, the preprocessing function and the augmentation with the project,
 so that only the way of running differs. They know nothing of Ray, and stop at the first damaged
@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,6 +60,18 @@ def plain_train(
             num_images += len(labels_B)
         rates.append(num_images / (time.perf_counter() - started))
     return rates
+
+
+def plain_decode(path: str) -> int:
+    """Read and decode every member of a zip as grey, one after another; return how many."""
+    cv2.setNumThreads(1)
+    num_scans = 0
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            content = np.frombuffer(archive.read(name), np.uint8)
+            image_HW = cv2.imdecode(content, cv2.IMREAD_GRAYSCALE)
+            num_scans += image_HW is not None
+    return num_scans
 
 
 class _ZipScans(Dataset[torch.Tensor]):

@@ -37,12 +37,12 @@ def run_train(
     overrides = [*(settings or []), f"train.epochs={epochs}"]
     loaded = load_recipe(recipe, RECIPES, overrides)
     dataset = Dataset(data)
-    _apart(_write_view, dataset.location, loaded.model_dump_json())
+    apart(_write_view, dataset.location, loaded.model_dump_json())
     sides: dict[str, list[float]] = {"plain": [], "ray": []}
     for number in range(rounds):
-        sides["plain"] += _apart(_plain_train_rates, dataset.location, loaded.model_dump_json())
-        sides["ray"] += _apart(_ray_train_rates, dataset.location, loaded.model_dump_json())
-        print(f"round {number + 1}: " + _medians(sides), flush=True)
+        sides["plain"] += apart(_plain_train_rates, dataset.location, loaded.model_dump_json())
+        sides["ray"] += apart(_ray_train_rates, dataset.location, loaded.model_dump_json())
+        print(f"round {number + 1}: " + medians_line(sides), flush=True)
     ratio = statistics.median(sides["ray"]) / statistics.median(sides["plain"])
     print(f"Ray Train, one worker: {ratio:.2f} of the plain loop's images/s (medians of epochs)")
     if as_json:
@@ -66,13 +66,13 @@ def run_score(
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             args = (storage.absolute(bundle), storage.absolute(source), folder)
-            num, seconds = _apart(_plain_score_seconds, *args)
+            num, seconds = apart(_plain_score_seconds, *args)
             sides["plain"].append(num / seconds)
-            num, seconds, warm = _apart(_ray_score_seconds, *args)
+            num, seconds, warm = apart(_ray_score_seconds, *args)
             sides["ray"].append(num / seconds)
             sides["ray_warm"].append(num / warm)
             agreement = min(agreement, _agreement(folder))
-        print(f"round {number + 1}: " + _medians(sides), flush=True)
+        print(f"round {number + 1}: " + medians_line(sides), flush=True)
     medians = {side: statistics.median(rates) for side, rates in sides.items()}
     print(
         f"bt score: {medians['ray'] / medians['plain']:.2f} of the plain loop's scans/s with Ray's "
@@ -205,14 +205,15 @@ def _agreement(folder: str) -> float:
     return float((stacked[0].argmax(1) == stacked[1].argmax(1)).mean())
 
 
-def _apart(function: Callable[..., Any], *args: Any) -> Any:
+def apart(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a fresh process, so that the sides share no warm state."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(function, *args).result()
 
 
-def _medians(sides: dict[str, list[float]]) -> str:
+def medians_line(sides: dict[str, list[float]]) -> str:
+    """Return the median rate of each side, as printed after each round."""
     return ", ".join(f"{side} {statistics.median(rates):.1f}/s" for side, rates in sides.items())
 
 

@@ -5,7 +5,19 @@ from collections.abc import Sequence
 
 import typer
 
-from jobs import audit, bench, demo, ensemble, evaluate, phantom, prepare, score, serve, train
+from jobs import (
+    audit,
+    bench,
+    bench_data,
+    demo,
+    ensemble,
+    evaluate,
+    phantom,
+    prepare,
+    score,
+    serve,
+    train,
+)
 from jobs.command import command
 
 app = typer.Typer(
@@ -15,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-bench_app = typer.Typer(help="Measure against plain PyTorch, both sides in one run.")
+bench_app = typer.Typer(help="Measure, against plain loops in the same run where there are any.")
 
 for _name, _module in {
     "demo": demo,
@@ -31,6 +43,8 @@ for _name, _module in {
     app.command(_name)(command(_name, _module.run))
 bench_app.command("train")(command("bench train", bench.run_train))
 bench_app.command("score")(command("bench score", bench.run_score))
+bench_app.command("audit")(command("bench audit", bench_data.run_audit))
+bench_app.command("decode")(command("bench decode", bench_data.run_decode))
 app.add_typer(bench_app, name="bench", no_args_is_help=True)
 
 

@@ -78,20 +78,25 @@ def decode(refs: pa.Table, stage: RowStage) -> ray.data.Dataset:
 def survey(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, Pairs]:
     """Read, decode and digest every scan, and find all copies among them.
 
-    The thumbnails and descriptors (5 KB for each scan) are gathered, indexed once, and searched in
-    parallel over the cluster.
-
     Args:
         refs: rows of `REF_COLUMNS` and any others.
         stage: what is done to each scan.
 
     Returns:
         The catalog without pixels, one row for each ref, sorted by scan_id; and the pairs of
-        copies, which index its rows: every near copy among scans of different pixels, and each scan
-        with the first one of equal pixels.
+        copies, which index its rows.
 
     Raises:
         RuntimeError: if rows were lost, which would be a defect of this program.
+    """
+    catalog, thumbnails_NFF, descriptors_ND = describe_scans(refs, stage)
+    return catalog, find_copies(catalog, thumbnails_NFF, descriptors_ND)
+
+
+def describe_scans(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """Return the catalog as `survey` does, and its rows' thumbnails and descriptors.
+
+    These are gathered here, 5 KB for each scan.
     """
     tables, thumbnails, descriptors = [], [], []
     for batch in decode(refs, stage).iter_batches(batch_size=None, batch_format="numpy"):
@@ -101,27 +106,31 @@ def survey(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, Pairs]:
     catalog = pa.concat_tables(tables, promote_options="permissive")
     check_rows(refs, catalog)
     order = pc.sort_indices(catalog, [("scan_id", "ascending"), ("position", "ascending")])
-    catalog = catalog.take(order)
+    rows = order.to_numpy()
+    return catalog.take(order), np.concatenate(thumbnails)[rows], np.concatenate(descriptors)[rows]
+
+
+def find_copies(catalog: pa.Table, thumbnails_NFF: np.ndarray, descriptors_ND: np.ndarray) -> Pairs:
+    """Find all copies among scans; the index is made once and searched over the cluster.
+
+    Returns:
+        First each scan with the first one of equal pixels, then every near copy among those first
+        ones; see `data.families`.
+    """
     exact, rows = exact_pairs(catalog["pixel_sha256"].to_pylist())
-    picked = order.to_numpy()[rows]
-    near = find_copies(np.concatenate(thumbnails)[picked], np.concatenate(descriptors)[picked])
-    near = Pairs(rows[near.left_P], rows[near.right_P], near.correlation_P, near.transform_P)
-    return catalog, Pairs.concatenate([exact, near])
-
-
-def find_copies(pixels_NFF: np.ndarray, descriptors_ND: np.ndarray) -> Pairs:
-    """Find all copies among thumbnails, in blocks over the cluster; see `data.families`."""
-    if len(pixels_NFF) < 2:
-        return Pairs.concatenate([])
+    if len(rows) < 2:
+        return exact
     configure()
-    index = ray.put(CopyIndex(pixels_NFF, descriptors_ND))
-    num_blocks = -(-len(pixels_NFF) // _SEARCH_ROWS)
+    index = ray.put(CopyIndex(thumbnails_NFF[rows], descriptors_ND[rows]))
+    num_blocks = -(-len(rows) // _SEARCH_ROWS)
     with bounded_retries():
         found = ray.data.range(num_blocks, override_num_blocks=num_blocks).map_batches(
             _search, fn_kwargs={"index": [index]}, batch_size=None, max_retries=MAX_RETRIES
         )
         blocks = list(found.iter_batches(batch_size=None, batch_format="numpy"))
-    return Pairs.concatenate([Pairs(**block) for block in blocks])
+    near = Pairs.concatenate([Pairs(**block) for block in blocks])
+    near = Pairs(rows[near.left_P], rows[near.right_P], near.correlation_P, near.transform_P)
+    return Pairs.concatenate([exact, near])
 
 
 def score(

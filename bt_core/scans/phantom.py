@@ -31,6 +31,26 @@ def phantom_slice(class_name: str, seed: int, size_px: int = 192) -> np.ndarray:
     return image_HW
 
 
+def encode_picture(image_HW: np.ndarray, suffix: str, quality: int = 90) -> bytes:
+    """Return a uint8 image as the bytes of a .png or, with a quality of 0 to 100, a .jpg file."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if suffix == ".jpg" else []
+    return bytes(cv2.imencode(suffix, np.ascontiguousarray(image_HW), options)[1])
+
+
+def perturbed_copy(image_HW: np.ndarray, rng: np.random.Generator) -> bytes:
+    """Return a copy as they stand in public sets, as the bytes of a .jpg file.
+
+    One of the 8 flips and rotations, another size in each direction (0.8 to 1.5 times), another
+    brightness (0.8 to 1.2 times), a quality of 60 to 95.
+    """
+    turned = np.rot90(image_HW, int(rng.integers(4)))
+    turned = turned[:, ::-1] if rng.integers(2) else turned
+    size = [round(side * rng.uniform(0.8, 1.5)) for side in turned.shape]
+    resized = cv2.resize(np.ascontiguousarray(turned), size, interpolation=cv2.INTER_AREA)
+    brighter = cv2.convertScaleAbs(resized, alpha=rng.uniform(0.8, 1.2))
+    return encode_picture(brighter, ".jpg", int(rng.integers(60, 96)))
+
+
 def _dicom_bytes(image_HW: np.ndarray, seed: int) -> bytes:
     """Return an image in [0, 1] as a 12-bit MR object without identity; the window spans it all."""
     study, series, instance = (generate_uid(entropy_srcs=[f"{k}/{seed}"]) for k in range(3))
@@ -56,8 +76,7 @@ def _encode(class_name: str, seed: int, size_px: int, suffix: str) -> bytes:
     """Return a slice as the bytes of a .png, .jpg or .dcm file."""
     if suffix == ".dcm":
         return _dicom_bytes(render(class_name, seed, size_px), seed)
-    options = [cv2.IMWRITE_JPEG_QUALITY, 90] if suffix == ".jpg" else []
-    return bytes(cv2.imencode(suffix, phantom_slice(class_name, seed, size_px), options)[1])
+    return encode_picture(phantom_slice(class_name, seed, size_px), suffix)
 
 
 def _plan_class(class_name: str, num: int, seed: int) -> list[tuple[str, int, str, str]]:

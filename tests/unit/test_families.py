@@ -27,7 +27,7 @@ from bt_core.data.families import (
 )
 from bt_core.errors import UsageError
 from bt_core.labels import LABEL_SPACES
-from bt_core.scans.phantom import CLASS_NAMES, phantom_slice
+from bt_core.scans.phantom import CLASS_NAMES, perturbed_copy, phantom_slice
 from bt_core.scans.preprocess import preprocess_pixels
 
 thumbnails = hnp.arrays(np.uint8, (2, 64, 64), elements=st.integers(0, 255), fill=st.integers(0, 3))
@@ -38,13 +38,9 @@ def thumbnail(image):
 
 
 def perturbed(image, rng):
-    """A copy as they stand in public sets: turned, resized, re-encoded, a little brighter."""
-    image = transformed(image, int(rng.integers(8)))
-    size = rng.integers(100, 260, 2).tolist()
-    image = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
-    image = cv2.convertScaleAbs(image, alpha=float(rng.uniform(0.8, 1.2)))
-    quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(60, 96))]
-    return cv2.imdecode(cv2.imencode(".jpg", image, quality)[1], cv2.IMREAD_GRAYSCALE)
+    """A turned, resized, re-encoded, brightened copy, decoded."""
+    content = np.frombuffer(perturbed_copy(image, rng), np.uint8)
+    return cv2.imdecode(content, cv2.IMREAD_GRAYSCALE)
 
 
 def all_pairs(pixels_NFF):

@@ -26,7 +26,7 @@ ALLOWED = {
 TOP_LEVEL = {"bt_core": set(), "cluster": {"bt_core"}, "jobs": {"bt_core", "cluster", "serve"}}
 TOP_LEVEL["serve"] = {"bt_core"}
 ONLY_IN = {
-    "cv2": ("bt_core/scans/",),
+    "cv2": ("bt_core/scans/", "jobs/baselines.py"),
     "timm": ("bt_core/models/backbones.py",),
     "fastapi": ("serve/",),
     "ray": (
