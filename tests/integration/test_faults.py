@@ -140,6 +140,9 @@ def wrong_uses(chain, tmp_path):
             [*train, "--recipe", "cnn_small", "--num-workers", 99],
             "the cluster has 2 CPUs",
         ),
+        "no such split": (["prepare", chain.archive, "-o", out, "--split", "official"], "or given"),
+        "no such task": (["audit", chain.archive, "-o", out, "--task", "three"], "or binary"),
+        "no docket": (["prepare", chain.archive, "-o", out, "--resolve", empty], "no column"),
         "wrong task": ([*train, "--recipe", "cnn_small", "--set", "task=binary"], "four_class"),
     }
 
