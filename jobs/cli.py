@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from jobs import bench, demo, ensemble, evaluate, phantom, prepare, score, serve, train
+from jobs import bench, demo, ensemble, evaluate, explore, phantom, prepare, score, serve, train
 from jobs.command import command
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ bench_app = typer.Typer(help="Measure against plain PyTorch, both sides in one r
 for _name, _module in {
     "demo": demo,
     "phantom": phantom,
+    "explore": explore,
     "prepare": prepare,
     "train": train,
     "ensemble": ensemble,
