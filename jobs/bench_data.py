@@ -179,18 +179,15 @@ def _ray_decode_seconds(path: str) -> float:
     import pyarrow as pa
 
     from bt_core.data.catalog import ref_columns
-    from bt_core.data.decode_stage import DecodeStage
-    from bt_core.data.pipeline import decode
+    from bt_core.data.pipeline import decode_catalog
     from bt_core.scans.archives import list_scans
     from cluster.session import session
 
     with session():
         started = time.perf_counter()
-        refs = pa.table(ref_columns(list_scans(path).refs))
-        batches = decode(refs, DecodeStage()).iter_batches(batch_size=None, batch_format="numpy")
-        reasons = [reason for batch in batches for reason in batch["reason"]]
+        catalog = decode_catalog(pa.table(ref_columns(list_scans(path).refs)))
         seconds = time.perf_counter() - started
-    if any(reasons) or len(reasons) != len(refs):
+    if any(catalog["reason"].to_pylist()):
         raise RuntimeError("a scan of the bench was not decoded")
     return seconds
 

@@ -1,17 +1,16 @@
 """What `bt audit` says about a source: copies, where they cross the given splits, and conflicts."""
 
-import base64
 import io
 from collections import Counter
 from typing import Any, Final
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from bt_core.data.copies import pictures_of
 from bt_core.data.families import TRANSFORMS, Pairs, transformed
+from bt_core.data.page import render
 from bt_core.errors import ScanError
 from bt_core.scans.archives import ScanRef, read_member
 from bt_core.scans.formats import decode_scan
@@ -140,15 +139,7 @@ def audit_text(figures: dict[str, Any]) -> str:
 
 def audit_page(figures: dict[str, Any], source: str, shown: list[dict[str, Any]]) -> bytes:
     """Return the page, self-contained HTML; `shown` is what `picture_pairs` gives."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bt_core.data", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("audit.html.j2")
-    return page.render(figures=figures, source=source, shown=shown).encode()
+    return render("bt_core.data", "audit.html.j2", figures=figures, source=source, shown=shown)
 
 
 def picture_pairs(
@@ -161,7 +152,7 @@ def picture_pairs(
 
     Returns:
         For each: title, left and right (label, given split and scan id in words), transform,
-        correlation, and `picture`, base64 PNG: left, right, and left turned onto right.
+        correlation, and `picture`, PNG bytes: left, right, and left turned onto right.
     """
     order = np.random.default_rng(seed).permutation(len(pairs))
     split = np.array(catalog["given_split"].to_pylist(), object)
@@ -202,7 +193,7 @@ def _draw(catalog: pa.Table, pairs: Pairs, p: int, title: str) -> dict[str, Any]
         "right": words[1],
         "transform": TRANSFORMS[int(pairs.transform_P[p])],
         "correlation": float(pairs.correlation_P[p]),
-        "picture": base64.b64encode(buffer.getvalue()).decode(),
+        "picture": buffer.getvalue(),
     }
 
 

@@ -41,6 +41,12 @@ def add_families(catalog: pa.Table, pairs: Pairs) -> pa.Table:
     return catalog
 
 
+def families_by_scan(catalog: pa.Table, pairs: Pairs) -> dict[str, str]:
+    """Return the name of each scan's family, by scan_id."""
+    columns = add_families(catalog, pairs).select(["scan_id", "family"]).to_pydict()
+    return dict(zip(columns["scan_id"], columns["family"], strict=True))
+
+
 def pairs_table(catalog: pa.Table, pairs: Pairs) -> pa.Table:
     """Return pairs with scan ids: left, right, correlation, transform (left turned into right)."""
     scan_ids = np.array(catalog["scan_id"].to_pylist(), object)

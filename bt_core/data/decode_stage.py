@@ -25,8 +25,9 @@ class DecodeStage:
     """Turns rows of `REF_COLUMNS` into decoded rows, one for one.
 
     Added columns: content_sha256, pixel_sha256 (of the decoded grey image, before preprocessing),
-    format, width, height, bit_depth, steps (what was done to decode it), patient (keyed hash, or
-    empty), reason (empty when decoded), detail, and `pixels_<i>` uint8
+    format, width, height, channels (of the file, alpha counted), num_bytes, bit_depth, steps (what
+    was done to decode it), patient (keyed hash, or empty), reason (empty when decoded), detail, and
+    `pixels_<i>` uint8
     (S, S) for the i-th spec, all zero where `reason` is not empty. Other columns pass through.
 
     Args:
@@ -61,6 +62,8 @@ class DecodeStage:
             "height": height,
             "bit_depth": scan.bit_depth,
             "steps": "; ".join(scan.steps),
+            "channels": 1 + 2 * ("colour to grey" in scan.steps) + ("alpha dropped" in scan.steps),
+            "num_bytes": len(content),
         }
         for i, spec in enumerate(self.specs):
             result[f"pixels_{i}"] = preprocess_pixels(scan.image_HW, spec)
@@ -69,7 +72,8 @@ class DecodeStage:
     def set_aside(self, row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
         """Return the full row of a scan that gave nothing, with its reason."""
         blank: dict[str, Any] = {"content_sha256": "", "pixel_sha256": "", "format": ""}
-        blank |= {"width": 0, "height": 0, "bit_depth": 0, "steps": "", "patient": ""}
+        blank |= {"width": 0, "height": 0, "bit_depth": 0, "channels": 0, "num_bytes": 0}
+        blank |= {"steps": "", "patient": ""}
         blank |= {"reason": reason, "detail": detail}
         for i, spec in enumerate(self.specs):
             blank[f"pixels_{i}"] = np.zeros((spec.size_px, spec.size_px), np.uint8)

@@ -75,6 +75,23 @@ def decode(refs: pa.Table, stage: RowStage) -> ray.data.Dataset:
         )
 
 
+def decode_catalog(refs: pa.Table, stage: RowStage | None = None) -> pa.Table:
+    """Read, decode and digest every scan; return the rows without pixels, one for each ref.
+
+    Args:
+        refs: rows of `REF_COLUMNS` and any others.
+        stage: what to run instead of a `DecodeStage` without specs.
+
+    Raises:
+        RuntimeError: if rows were lost, which would be a defect of this program.
+    """
+    dataset = decode(refs, stage or DecodeStage())
+    tables = [ray.get(ref) for ref in dataset.to_arrow_refs()]
+    table = pa.concat_tables(tables, promote_options="permissive")
+    check_rows(refs, table)
+    return table
+
+
 def survey(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, Pairs]:
     """Read, decode and digest every scan, and find all copies among them.
 

@@ -1,15 +1,12 @@
 """Pictures as PNG bytes, drawn without a display."""
 
-import io
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-_DPI: Final = 120
-_BLUE, _ORANGE = "#1f5fa8", "#c8641e"
+from bt_core.data.page import BLUE, ORANGE, figure_png
 
 
 def confusion_matrix_png(matrix_KK: Sequence[Sequence[int]], names: Sequence[str]) -> bytes:
@@ -28,7 +25,7 @@ def confusion_matrix_png(matrix_KK: Sequence[Sequence[int]], names: Sequence[str
     axes.set_yticks(range(len(names)), readable)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    return _png(figure)
+    return figure_png(figure)
 
 
 def training_curves_png(history: Sequence[dict[str, Any]]) -> bytes:
@@ -36,22 +33,22 @@ def training_curves_png(history: Sequence[dict[str, Any]]) -> bytes:
     epochs = [figures["epoch"] for figures in history]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, [f["loss"] for f in history], "o-", color=_BLUE, label="training loss")
+    left.plot(epochs, [f["loss"] for f in history], "o-", color=BLUE, label="training loss")
     left.plot(
         epochs,
         [f["val_log_loss"] for f in history],
         "s--",
-        color=_ORANGE,
+        color=ORANGE,
         label="validation log loss",
     )
     right.plot(
-        epochs, [f["val_accuracy"] for f in history], "o-", color=_BLUE, label="validation accuracy"
+        epochs, [f["val_accuracy"] for f in history], "o-", color=BLUE, label="validation accuracy"
     )
     right.plot(
         epochs,
         [f["val_macro_f1"] for f in history],
         "s--",
-        color=_ORANGE,
+        color=ORANGE,
         label="validation macro F1",
     )
     for axes in (left, right):
@@ -59,11 +56,4 @@ def training_curves_png(history: Sequence[dict[str, Any]]) -> bytes:
         axes.grid(alpha=0.3)
         axes.legend()
         axes.xaxis.get_major_locator().set_params(integer=True)
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)  # a figure without pyplot, so that no window system is asked for
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()
+    return figure_png(figure)

@@ -1,16 +1,15 @@
 """Evaluation of a bundle on test scans: figures from the predictions table, and a page."""
 
-import base64
 from collections import Counter
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from bt_core import storage
 from bt_core.data.catalog import DatasetInfo
+from bt_core.data.page import render
 from bt_core.errors import RunError
 from bt_core.evaluation.metrics import classification_metrics
 from bt_core.evaluation.plots import confusion_matrix_png
@@ -84,23 +83,18 @@ def write_report(
         "dataset_digest": dataset.digest,
         "same_dataset_as_training": dataset.digest == bundle.provenance.get("dataset_digest"),
     }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bt_core.evaluation", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "bt_core.evaluation",
+        "report.html.j2",
         figures=figures,
         bundle=bundle,
         dataset=dataset,
         provenance=provenance,
         names=names,
-        picture=base64.b64encode(picture).decode(),
+        picture=picture,
     )
     storage.write_bytes(storage.join(location, "confusion_matrix.png"), picture)
-    storage.write_bytes(storage.join(location, "report.html"), page.encode())
+    storage.write_bytes(storage.join(location, "report.html"), page)
     storage.write_json(storage.join(location, "metrics.json"), {**figures, **provenance})
 
 

@@ -76,7 +76,7 @@ class BundleInfo(StrictModel):
 
     def digest(self) -> str:
         """Return what `bundle_id` must be."""
-        return storage.digest_of(self.model_dump(mode="json", exclude={"bundle_id"}))[:16]
+        return _digest(self.model_dump(mode="json"))
 
 
 class Bundle:
@@ -130,18 +130,23 @@ class Bundle:
         where = storage.join(self.location, "bundle.json")
         if not storage.is_dir(self.location):
             raise BundleError(f"{self.location} is not a bundle folder; make one with bt ensemble")
-        content = self._read("bundle.json")
         try:
-            info = parse(BundleInfo, storage.loads_json(content), where)
+            content = storage.loads_json(self._read("bundle.json"))
+            info = parse(BundleInfo, content, where)
         except (ValueError, ConfigError) as error:
             raise BundleError(f"{where} cannot be understood: {error}") from error
         if info.format_version != FORMAT_VERSION:
             raise BundleError(
                 f"{where} has format {info.format_version}; this version reads {FORMAT_VERSION}"
             )
-        if info.digest() != info.bundle_id:
+        # Of the file as it is: settings that came later have their defaults in `info`.
+        if _digest(content) != info.bundle_id:
             raise BundleError(f"{where} was changed: its content does not give {info.bundle_id}")
         return info
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return storage.digest_of({k: v for k, v in content.items() if k != "bundle_id"})[:16]
 
 
 def index_key(pixel_sha256: str) -> int:

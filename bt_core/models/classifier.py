@@ -58,7 +58,8 @@ def build_classifier(
 
     Args:
         model: backbone, initial weights and head.
-        preprocess: `mean` and `std` that are None become the backbone's own.
+        preprocess: `mean` and `std` that are None become the backbone's own, unless `normalize`
+            is another one.
         num_classes: K.
 
     Returns:
@@ -71,12 +72,10 @@ def build_classifier(
     """
     backbone = build_backbone(model)
     head = build_head(backbone.num_features, num_classes, model.head)
-    resolved = preprocess.model_copy(
-        update={
-            "mean": preprocess.mean or backbone.mean,
-            "std": preprocess.std or backbone.std,
-        }
-    )
+    resolved = preprocess
+    if preprocess.normalize == "backbone":
+        own = {"mean": preprocess.mean or backbone.mean, "std": preprocess.std or backbone.std}
+        resolved = preprocess.model_copy(update=own)
     classifier = Classifier(backbone.module, head)
     return classifier.to(memory_format=torch.channels_last), backbone.spec, resolved
 

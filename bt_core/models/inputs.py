@@ -14,21 +14,25 @@ from bt_core.scans.preprocess import PreprocessSpec, golden_image, preprocess_pi
 
 NUM_CHANNELS: Final = 3
 """Grey is repeated to three channels, as ImageNet backbones expect."""
+_MIN_STD: Final = 1e-6
 
 
 class Preprocessor:
-    """Makes a model's input from stored pixels, by a spec whose `mean` and `std` are resolved.
+    """Makes a model's input from stored pixels, by a spec whose normalisation is resolved.
 
     Raises:
-        ValueError: if `mean` or `std` is still None.
+        ValueError: if the backbone's `mean` or `std` is asked for and still None.
     """
 
     def __init__(self, spec: PreprocessSpec) -> None:
-        if spec.mean is None or spec.std is None:
+        mean, std = spec.mean, spec.std
+        if spec.normalize != "backbone":
+            mean, std = (0.0,) * NUM_CHANNELS, (1.0,) * NUM_CHANNELS
+        if mean is None or std is None:
             raise ValueError("resolve mean and std from the backbone first")
         self.spec = spec
-        self._mean_3 = torch.tensor(spec.mean).view(1, NUM_CHANNELS, 1, 1)
-        self._std_3 = torch.tensor(spec.std).view(1, NUM_CHANNELS, 1, 1)
+        self._mean_3 = torch.tensor(mean).view(1, NUM_CHANNELS, 1, 1)
+        self._std_3 = torch.tensor(std).view(1, NUM_CHANNELS, 1, 1)
 
     @staticmethod
     def to_unit(pixels_BSS: torch.Tensor) -> torch.Tensor:
@@ -36,10 +40,12 @@ class Preprocessor:
         return pixels_BSS.unsqueeze(1).to(torch.float32) / 255.0
 
     def normalize(self, unit_B1SS: torch.Tensor) -> torch.Tensor:
-        """Return images_B3SS float32, `(unit - mean) / std`, grey repeated to three channels.
+        """Return images_B3SS float32, normalised by the spec, grey repeated to three channels.
 
         The memory format is channels-last, in which convolutions run faster on CPUs and GPUs alike.
         """
+        if self.spec.normalize == "zscore":
+            unit_B1SS = _zscore(unit_B1SS)
         mean, std = self._mean_3.to(unit_B1SS.device), self._std_3.to(unit_B1SS.device)
         return ((unit_B1SS - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -52,3 +58,14 @@ class Preprocessor:
         """SHA-256 of the model input of a fixed image: equal on all hosts that may use it."""
         tensor = self.batch(preprocess_pixels(golden_image(), self.spec)[None])
         return storage.sha256(np.ascontiguousarray(tensor.numpy()).tobytes())
+
+
+def _zscore(unit_B1SS: torch.Tensor) -> torch.Tensor:
+    """Give each image mean 0 and standard deviation 1; a flat one becomes 0.
+
+    Sums are in float64, so that an image's answer does not depend on the order in which a batch or
+    several threads add its pixels.
+    """
+    exact = unit_B1SS.double()
+    std, mean = torch.std_mean(exact, dim=(1, 2, 3), correction=0, keepdim=True)
+    return ((exact - mean) / std.clamp(min=_MIN_STD)).to(unit_B1SS.dtype)

@@ -4,14 +4,25 @@ The second step, from pixels to a model's input tensor, is `models.inputs`; deco
 Array names: H height, W width, S output side.
 """
 
-from typing import Literal
+from typing import Annotated, Final, Literal, Self
 
 import cv2
 import numpy as np
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
 from bt_core import storage
 from bt_core.config import StrictModel
+from bt_core.scans.intensity import to_uint8
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+_INTERPOLATIONS: Final = {
+    "nearest": cv2.INTER_NEAREST,
+    "linear": cv2.INTER_LINEAR,
+    "cubic": cv2.INTER_CUBIC,
+    "area": cv2.INTER_AREA,
+    "lanczos": cv2.INTER_LANCZOS4,
+}
 
 
 class ClaheSpec(StrictModel):
@@ -31,7 +42,16 @@ class PreprocessSpec(StrictModel):
     """Crop to the bounding box of the largest bright region before resizing."""
     fit: Literal["stretch", "pad"] = "stretch"
     """Stretch to the square, or keep the aspect ratio and pad with black."""
+    interpolation: Literal["auto", "nearest", "linear", "cubic", "area", "lanczos"] = "auto"
+    """Of the resize; auto averages areas to shrink and interpolates linearly to enlarge."""
+    clip_percentiles: tuple[Percent, Percent] | None = None
+    """Intensities of the (cropped) image that become 0 and 255; what is beyond them is clipped."""
+    equalize: bool = False
+    """Equalise the histogram of the whole (cropped) image; not together with `clahe`."""
     clahe: ClaheSpec | None = None
+    normalize: Literal["backbone", "unit", "zscore"] = "backbone"
+    """What a model is given: `(x - mean) / std` of pixels x in [0, 1], by default with the
+    backbone's own numbers; x itself; or each image with mean 0 and standard deviation 1."""
     mean: tuple[float, float, float] | None = None
     """Per channel, subtracted after scaling to [0, 1]; None means the backbone's own."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
@@ -40,25 +60,42 @@ class PreprocessSpec(StrictModel):
     @property
     def pixel_digest(self) -> str:
         """Digest of the fields that decide the uint8 pixels, and so which shards can be shared."""
-        return storage.digest_of(self.model_dump(exclude={"mean", "std"}))
+        return storage.digest_of(self.model_dump(exclude={"normalize", "mean", "std"}))
 
     @property
     def digest(self) -> str:
         """Digest of the whole spec."""
         return storage.digest_of(self.model_dump())
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.equalize and self.clahe is not None:
+            raise ValueError("use equalize or clahe, not both")
+        if self.clip_percentiles and self.clip_percentiles[0] >= self.clip_percentiles[1]:
+            raise ValueError(f"clip_percentiles must rise, got {self.clip_percentiles}")
+        if self.normalize != "backbone" and (self.mean or self.std):
+            raise ValueError(f"mean and std have no effect with normalize {self.normalize}")
+        return self
+
 
 def preprocess_pixels(image_HW: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
-    """Return image_SS uint8: crop, CLAHE, resize (area to shrink, linear to enlarge)."""
+    """Return image_SS uint8: crop, clip percentiles, equalise or CLAHE, pad, resize."""
     if spec.crop_to_head:
         image_HW = crop_to_head(image_HW)
+    if spec.clip_percentiles is not None:
+        low, high = np.percentile(image_HW, spec.clip_percentiles)
+        if low < high:  # else the image is all but flat, and has nothing to stretch
+            image_HW = to_uint8(image_HW, low, high)
+    if spec.equalize:
+        image_HW = cv2.equalizeHist(image_HW)
     if spec.clahe is not None:
         grid = (spec.clahe.grid, spec.clahe.grid)
         image_HW = cv2.createCLAHE(spec.clahe.clip_limit, grid).apply(image_HW)
     if spec.fit == "pad":
         image_HW = _pad_to_square(image_HW)
     shrinking = min(image_HW.shape) > spec.size_px
-    method = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
+    automatic = "area" if shrinking else "linear"
+    method = _INTERPOLATIONS[automatic if spec.interpolation == "auto" else spec.interpolation]
     size = (spec.size_px, spec.size_px)
     image_SS: np.ndarray = cv2.resize(image_HW, size, interpolation=method)
     return image_SS

@@ -57,6 +57,7 @@ def test_the_users_commands_work_in_order(tmp_path, session_address):
     (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
     script = "\n".join(BLOCKS[1:])
     printed = run(script, tmp_path, RAY_ADDRESS=session_address)
+    assert "exploration in" in printed
     assert "report in" in printed
     assert "predicted_label" in printed
     assert printed.count('"results"') == 2

@@ -163,6 +163,45 @@ def test_normalisation_by_hand():
         Preprocessor(PreprocessSpec())
 
 
+def test_unit_and_zscore_need_nothing_of_the_backbone():
+    rng = np.random.default_rng(0)
+    pixels_BSS = rng.integers(0, 256, (3, 32, 32), dtype=np.uint8)
+    pixels_BSS[2] = 77  # flat
+    unit = Preprocessor(PreprocessSpec(size_px=32, normalize="unit")).batch(pixels_BSS)
+    expected = np.repeat(pixels_BSS[:, None].astype(np.float32) / np.float32(255), 3, axis=1)
+    assert np.array_equal(unit.numpy(), expected)
+    scored = Preprocessor(PreprocessSpec(size_px=32, normalize="zscore"))
+    together = scored.batch(pixels_BSS)
+    assert together.dtype == torch.float32
+    np.testing.assert_allclose(together[:2].mean((2, 3)), 0, atol=1e-6)
+    np.testing.assert_allclose(together[:2].std((2, 3), correction=0), 1, atol=1e-6)
+    assert (together[2] == 0).all()
+    alone = torch.cat([scored.batch(pixels_BSS[i : i + 1]) for i in range(3)])
+    assert (together == alone).all()
+    for spec in (PreprocessSpec(normalize="unit"), PreprocessSpec(normalize="zscore")):
+        assert build_classifier(TINY, spec, 4)[2] == spec
+
+
+def test_a_bundle_from_before_a_setting_existed_still_opens(tmp_path):
+    info = make_bundle(tmp_path / "b")
+    path = tmp_path / "b" / "bundle.json"
+    content = json.loads(path.read_text())
+    for member in content["members"]:
+        for name in ("interpolation", "clip_percentiles", "equalize", "normalize"):
+            del member["preprocess"][name]
+    del content["bundle_id"]
+    content["bundle_id"] = storage.digest_of(content)[:16]
+    path.write_text(json.dumps(content))
+    old = Bundle(str(tmp_path / "b"))
+    assert old.info.bundle_id == content["bundle_id"] != info.bundle_id
+    assert old.info.members == info.members
+    assert Predictor(old).logits([np.zeros((1, s, s), np.uint8) for s in (32, 48)]).shape[0] == 2
+    content["temperature"] = 2.0
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="was changed"):
+        Bundle(str(tmp_path / "b"))
+
+
 def test_the_small_network_has_the_stated_size():
     model, _, preprocess = build_classifier(
         ModelSpec(backbone="cnn_small", weights="none"), PreprocessSpec(), 4

@@ -135,6 +135,47 @@ def test_cropping_comes_before_resizing() -> None:
     assert (plain[32] > 100).mean() < 0.6
 
 
+def test_each_interpolation_is_the_one_that_it_says() -> None:
+    """Two pixels enlarged: nearest copies, linear stays between, cubic and lanczos overshoot."""
+    step = np.repeat(np.array([[50, 200]], np.uint8), 16, axis=1).repeat(32, axis=0)
+
+    def resized(method: str) -> np.ndarray:
+        return preprocess_pixels(step, PreprocessSpec(size_px=100, interpolation=method))
+
+    assert set(np.unique(resized("nearest"))) == {50, 200}
+    linear = resized("linear")
+    assert (linear.min(), linear.max()) == (50, 200)
+    assert len(np.unique(linear)) > 2
+    assert np.array_equal(linear, resized("auto")), "auto enlarges linearly"
+    for method in ("cubic", "lanczos"):
+        assert resized(method).min() < 50 < 200 < resized(method).max()
+    assert not np.array_equal(resized("cubic"), resized("lanczos"))
+    shrunk = PreprocessSpec(size_px=64, interpolation="area")
+    assert np.array_equal(
+        preprocess_pixels(NOISE, shrunk), preprocess_pixels(NOISE, PreprocessSpec(size_px=64))
+    ), "auto averages areas to shrink"
+
+
+def test_equalisation_makes_the_grey_levels_equally_frequent() -> None:
+    dark = (np.linspace(0, 1, 128**2).reshape(128, 128) ** 0.5 * 120).astype(np.uint8)
+    image_SS = preprocess_pixels(dark, PreprocessSpec(size_px=128, equalize=True))
+    assert (image_SS.min(), image_SS.max()) == (0, 255)
+    quartiles = np.percentile(image_SS, (25, 50, 75))
+    assert np.abs(quartiles - (64, 128, 191)).max() < 5
+
+
+def test_clipped_percentiles_become_black_and_white() -> None:
+    ramp = np.tile(np.arange(200, dtype=np.uint8), (200, 1))
+    image_SS = preprocess_pixels(ramp, PreprocessSpec(size_px=200, clip_percentiles=(10, 90)))
+    low, high = np.percentile(ramp, (10, 90))
+    expected = np.clip((np.arange(200) - low) / (high - low) * 255, 0, 255)
+    assert np.abs(image_SS[0] - expected).max() <= 1
+    spot = np.zeros((64, 64), np.uint8)
+    spot[:4, :4] = 90
+    kept = preprocess_pixels(spot, PreprocessSpec(size_px=64, clip_percentiles=(1, 90)))
+    assert np.array_equal(kept, spot), "an image that is flat between them is left alone"
+
+
 PLAIN = PreprocessSpec(clahe=ClaheSpec())
 
 
@@ -147,6 +188,9 @@ PLAIN = PreprocessSpec(clahe=ClaheSpec())
         {"clahe": None},
         {"clahe": {"clip_limit": 2.5}},
         {"clahe": {"grid": 4}},
+        {"clahe": None, "equalize": True},
+        {"interpolation": "cubic"},
+        {"clip_percentiles": (1, 99)},
     ],
     ids=str,
 )
@@ -156,8 +200,17 @@ def test_both_digests_react_to_what_changes_pixels(change: dict[str, object]) ->
     assert changed.digest != PLAIN.digest
 
 
-@pytest.mark.parametrize("change", [{"mean": (0.5, 0.5, 0.5)}, {"std": (0.2, 0.2, 0.2)}], ids=str)
-def test_mean_and_std_leave_the_pixel_digest_alone(change: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": (0.5, 0.5, 0.5)},
+        {"std": (0.2, 0.2, 0.2)},
+        {"normalize": "unit"},
+        {"normalize": "zscore"},
+    ],
+    ids=str,
+)
+def test_normalisation_leaves_the_pixel_digest_alone(change: dict[str, object]) -> None:
     changed = PreprocessSpec(clahe=ClaheSpec(), **change)
     assert changed.pixel_digest == PLAIN.pixel_digest
     assert changed.digest != PLAIN.digest
@@ -165,8 +218,9 @@ def test_mean_and_std_leave_the_pixel_digest_alone(change: dict[str, object]) ->
 
 def test_every_field_has_been_thought_of_in_the_digest_tests() -> None:
     assert set(PreprocessSpec.model_fields) == {
-        *("size_px", "crop_to_head", "fit", "clahe"),
-        *("mean", "std"),
+        *("size_px", "crop_to_head", "fit", "interpolation"),
+        *("clip_percentiles", "equalize", "clahe"),
+        *("normalize", "mean", "std"),
     }
     assert set(ClaheSpec.model_fields) == {"clip_limit", "grid"}
 
@@ -183,6 +237,11 @@ def test_every_field_has_been_thought_of_in_the_digest_tests() -> None:
         {"clahe": {"grid": 33}},
         {"std": [0.2, 0.2, 0.0]},
         {"mean": [0.5]},
+        {"interpolation": "bilinear"},
+        {"clip_percentiles": [99, 1]},
+        {"clip_percentiles": [-1, 99]},
+        {"equalize": True, "clahe": {}},
+        {"normalize": "zscore", "mean": [0.5, 0.5, 0.5]},
     ],
     ids=str,
 )
@@ -215,6 +274,9 @@ def test_the_golden_image_shows_what_each_step_does() -> None:
         PreprocessSpec(crop_to_head=True),
         PreprocessSpec(fit="pad"),
         PreprocessSpec(clahe=ClaheSpec()),
+        PreprocessSpec(equalize=True),
+        PreprocessSpec(clip_percentiles=(2, 80)),
+        PreprocessSpec(interpolation="nearest"),
     ]
     outputs = {preprocess_pixels(golden_image(), spec).tobytes() for spec in specs}
     assert len(outputs) == len(specs)

@@ -1,0 +1,82 @@
+"""`bt explore`: what a scan source looks like, and whether it can be solved by trivial features."""
+
+from typing import Annotated, Any, Final
+
+import typer
+
+from bt_core import storage
+from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, RunError
+from jobs.command import OutOption, SourceArgument, TaskOption
+from jobs.recipes_folder import RECIPES
+
+_NUM_SAMPLED: Final = 2_000
+_SHOWN_PER_ROW: Final = 8
+
+
+def run(
+    source: SourceArgument,
+    out: OutOption = "runs/explore",
+    recipe: Annotated[
+        str, typer.Option(help="Whose preprocessing is shown before and after.")
+    ] = "mobilenetv2",
+    task: TaskOption = None,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+) -> int:
+    """Describe the scans of a source: explore.html, explore.json and every figure as PNG.
+
+    Exit code 3 says that some scans could not be read; the page counts them by reason.
+    """
+    from bt_core.data.catalog import label_refs_if_known
+    from bt_core.data.copies import families_by_scan
+    from bt_core.data.decode_stage import FamilyStage
+    from bt_core.data.explore import choose, describe_source, name_unlabelled, read_rows
+    from bt_core.data.explore_page import earlier_files, figures, write_exploration
+    from bt_core.data.explore_stage import SIDE_PX, ExploreStage
+    from bt_core.data.pipeline import decode_catalog, survey
+    from bt_core.data.probe import probe_shortcuts
+    from bt_core.scans.archives import list_scans
+    from bt_core.training.recipe import load_recipe
+    from cluster.session import session
+
+    shown = load_recipe(recipe, RECIPES)
+    out = storage.absolute(out)
+    earlier_files(out)
+    listing = list_scans(source)
+    refs, names = name_unlabelled(label_refs_if_known(listing.refs, task))
+    with session():
+        chosen = choose(refs, _NUM_SAMPLED, _SHOWN_PER_ROW, seed)
+        rows = decode_catalog(chosen, ExploreStage(shown.preprocess)).sort_by("scan_id")
+        sampled, pairs = survey(chosen.filter(chosen["sampled"]), FamilyStage())
+    facts = describe_source(rows, names, seed)
+    if not facts["num_read"]:
+        raise RunError(f"no scan of {source} could be read: {_counted(facts['unreadable'])}")
+    rows = read_rows(rows)
+    probed = rows.filter(rows["sampled"])
+    family_of = families_by_scan(sampled, pairs)
+    probe = probe_shortcuts(probed, [family_of[i] for i in probed["scan_id"].to_pylist()], seed)
+    facts |= {"skipped": listing.skipped, "side_px": SIDE_PX, "seed": seed, "probe": probe}
+    write_exploration(out, facts, figures(rows, facts, shown.name, shown.preprocess))
+    _print_summary(facts)
+    print(f"exploration in {storage.join(out, 'explore.html')}")
+    return EXIT_INCOMPLETE if facts["unreadable"] else EXIT_OK
+
+
+def _print_summary(facts: dict[str, Any]) -> None:
+    for split, counts in facts["counts"].items():
+        print(f"{split:<11}{sum(counts.values()):>7} scans  ({_counted(counts)})")
+    copies = facts["num_read"] - facts["num_distinct_pixels"]
+    print(f"{copies} exact copies; {facts['num_pixels_in_two_classes']} pictures in two classes")
+    for kind in ("unreadable", "skipped"):
+        if facts[kind]:
+            print(f"{kind}: {_counted(facts[kind])}")
+    print(facts["probe"]["verdict"]["sentence"])
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("explore")
