@@ -4,13 +4,16 @@ Ray retries for ever by default, so a file that kills its decoder would stop a j
 Here every retry is bounded, and decoding runs in tasks of its own whose death is noticed: the scans
 of a dead task are tried one by one, twice each, and one that dies again is set aside as
 `decoder_crashed`.
+
+Scans are read where they are decoded. Only those of a tar.gz or tar.zst, which has no random
+access, are read by one task per archive, which hands them to the decoding tasks.
 """
 
 import logging
 import sys
 import uuid
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
@@ -24,7 +27,8 @@ from ray.util.annotations import RayDeprecationWarning
 
 from bt_core import storage
 from bt_core.data.catalog import Dataset
-from bt_core.data.decode_stage import Columns, DecodeStage
+from bt_core.data.decode_stage import Columns, DecodeStage, column_of
+from bt_core.data.stream import split_streamed, stream_batches
 from bt_core.scans.preprocess import PreprocessSpec
 
 MAX_RETRIES: Final = 2
@@ -35,6 +39,8 @@ _SHARD_ROWS: Final = 512
 _SCANS_WORTH_AN_ACTOR: Final = 256
 _CACHED_SHARE: Final = 0.25
 _STARVED_AFTER_SECONDS: Final = 300
+_STREAM_WINDOW: Final = 32
+"""Batches of one archive that are decoded at once at most: about 1 GiB in the object store."""
 _CRASHES: Final = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 
 
@@ -70,11 +76,18 @@ def decode(refs: pa.Table, stage: RowStage) -> ray.data.Dataset:
         A lazy dataset with one row for each ref, in no particular order.
     """
     configure()
-    blocks = [refs.slice(i, _DECODE_BATCH) for i in range(0, refs.num_rows, _DECODE_BATCH)]
+    streamed, direct = split_streamed(refs)
+    blocks = [direct.slice(i, _DECODE_BATCH) for i in range(0, direct.num_rows, _DECODE_BATCH)]
+    parts = [(blocks, _guarded), (streamed, _guarded_stream)] if streamed else [(blocks, _guarded)]
     with _bounded_retries():
-        return ray.data.from_arrow(blocks).map_batches(
-            _guarded, fn_kwargs={"stage": stage}, batch_size=None, max_retries=MAX_RETRIES
-        )
+        first, *others = [
+            ray.data.from_arrow(tables).map_batches(
+                work, fn_kwargs={"stage": stage}, batch_size=None, max_retries=MAX_RETRIES
+            )
+            for tables, work in parts
+            if tables or not streamed
+        ]
+    return first.union(*others) if others else first
 
 
 def decode_catalog(refs: pa.Table) -> pa.Table:
@@ -110,10 +123,14 @@ def ensure_view(dataset: Dataset, spec: PreprocessSpec) -> str:
     refs = refs.rename_columns({"pixel_sha256": "expected"})
     refs = refs.append_column("label", pa.array(index, pa.int64()))
     beside = storage.join(dataset.location, "views", f"{name}.{uuid.uuid4().hex[:8]}.tmp")
+    streamed, _ = split_streamed(refs)
+    if streamed:  # these come in the order of their archive, which may go class by class
+        refs = refs.append_column("rank", pa.array(range(refs.num_rows), pa.int64()))
+    decoded = decode(refs, DecodeStage((spec,)))
     with _bounded_retries():
-        decode(refs, DecodeStage((spec,))).map_batches(
-            _view_rows, batch_size=_SHARD_ROWS, max_retries=MAX_RETRIES
-        ).write_parquet(
+        views = decoded.map_batches(_view_rows, batch_size=_SHARD_ROWS, max_retries=MAX_RETRIES)
+        views = views.sort("rank").drop_columns(["rank"]) if streamed else views
+        views.write_parquet(
             beside,
             partition_cols=["split"],
             mode="append",
@@ -218,13 +235,30 @@ def _view_rows(columns: Columns) -> Columns:
             f"{int(changed.sum())} scans differ from the catalog (first: scan {first}): the source "
             "has changed since bt prepare; prepare it again"
         )
-    kept = {name: columns[name] for name in ("scan_id", "label", "split")}
+    kept: Columns = {k: columns[k] for k in ("scan_id", "label", "split", "rank") if k in columns}
     return {**kept, "pixels": columns["pixels_0"]}
 
 
 def _guarded(columns: Columns, stage: RowStage) -> Columns:
+    return _outcome(_run_stage.remote(stage, columns), columns, stage)
+
+
+def _guarded_stream(columns: Columns, stage: RowStage) -> Iterator[Columns]:
+    """Read archives in order, decode their scans in parallel, and never run far ahead of that."""
+    window = min(_STREAM_WINDOW, 1 + int(ray.cluster_resources().get("CPU", 1)))
+    pending: deque[tuple[Any, Columns]] = deque()
+    for batch in stream_batches(columns):
+        pending.append((_run_stage.remote(stage, batch), batch))
+        if len(pending) >= window:
+            yield _outcome(*pending.popleft(), stage)
+    while pending:
+        yield _outcome(*pending.popleft(), stage)
+
+
+def _outcome(task: Any, columns: Columns, stage: RowStage) -> Columns:
+    """Return a task's rows; if its worker died, those of one task per scan."""
     try:
-        return _get(_run_stage.remote(stage, columns))
+        return _get(task)
     except (*_CRASHES, ray.exceptions.NodeDiedError):
         rows = [{k: v[i] for k, v in columns.items()} for i in range(len(columns["scan_id"]))]
         return _one_by_one(rows, stage)
@@ -233,7 +267,7 @@ def _guarded(columns: Columns, stage: RowStage) -> Columns:
 def _one_by_one(rows: list[dict[str, Any]], stage: RowStage) -> Columns:
     """Give every scan a task of its own, so that the one that crashes harms no other."""
     task = _run_stage.options(max_retries=TRIES_PER_SCAN - 1)
-    pending = [task.remote(stage, {k: np.array([v]) for k, v in row.items()}) for row in rows]
+    pending = [task.remote(stage, {k: column_of([v]) for k, v in row.items()}) for row in rows]
     parts: list[Columns] = []
     for row, ref in zip(rows, pending, strict=True):
         try:

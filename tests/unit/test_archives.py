@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from bt_core.errors import ScanError, SourceError
-from bt_core.scans import archives
 from bt_core.scans.archives import ScanRef, list_scans, read_member
 
 LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
@@ -191,7 +190,7 @@ def spoil_local_header(content: bytearray) -> None:
     ("change", "reason"),
     [
         (set_encrypted, "member_encrypted"),
-        (set_unknown_method, "member_corrupt"),
+        (set_unknown_method, "archive_method_unsupported"),
         (flip_data, "member_corrupt"),
         (understate_size, "member_corrupt"),
         (spoil_local_header, "member_corrupt"),
@@ -235,7 +234,7 @@ def test_the_size_limit_holds_for_every_source(
     source = make_folder(tmp_path / "scans", files)
     if kind == "zip":
         source = str(make_zip(tmp_path / "scans.zip", list(files.items())))
-    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 100)
+    monkeypatch.setenv("BT_MAX_MEMBER_BYTES", "100")
     at_limit, over_limit = list_scans(source).refs
     assert read_member(at_limit) == bytes(100)
     assert refusal(over_limit).reason == "member_too_large"
@@ -330,9 +329,9 @@ def test_a_source_without_scans_says_which_and_what_to_do(
 
 
 def test_too_many_members_are_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_MEMBERS", 3)
+    monkeypatch.setenv("BT_MAX_MEMBERS", "3")
     assert len(list_scans(folder).refs) == 3
-    monkeypatch.setattr(archives, "MAX_MEMBERS", 2)
+    monkeypatch.setenv("BT_MAX_MEMBERS", "2")
     with pytest.raises(SourceError, match="limit of 2"):
         list_scans(folder)
 
