@@ -121,6 +121,17 @@ def _reads_anywhere(file: pa.NativeFile) -> bool:
         return False
 
 
+def _held(whole: BinaryIO) -> io.BytesIO:
+    """Read a stream into memory; one that may give less than asked for at a time."""
+    held = io.BytesIO()
+    while chunk := whole.read(1024**2):
+        if held.tell() + len(chunk) > _HELD_BYTES:
+            raise OSError("the server reads files from their start only; fetch it first")
+        held.write(chunk)
+    held.seek(0)
+    return held
+
+
 def open_file(
     filesystem_: fs.FileSystem, path: str, buffer_bytes: int = 256 * 1024
 ) -> BinaryIO | io.BufferedReader:
@@ -140,10 +151,7 @@ def open_file(
         file = filesystem_.open_input_file(path)
         if isinstance(filesystem_, fs.PyFileSystem) and not _reads_anywhere(file):
             with filesystem_.handler.fs.open(path, block_size=0) as whole:
-                content = bytes(whole.read(_HELD_BYTES + 1))
-            if len(content) > _HELD_BYTES:
-                raise OSError("the server reads files from their start only; fetch it first")
-            return io.BytesIO(content)
+                return _held(whole)
         return io.BufferedReader(_StoreFile(file, file.size()), buffer_bytes)
     except OSError:
         raise

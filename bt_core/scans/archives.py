@@ -33,7 +33,7 @@ from bt_core.scans.members import (
     refuse_archive,
 )
 from bt_core.scans.scan_lists import SUFFIXES, read_list
-from bt_core.scans.tars import StreamedTar, TarSource, open_stream
+from bt_core.scans.tars import DAMAGE, StreamedTar, TarSource, open_stream
 from bt_core.scans.zips import ZipSource
 
 __all__ = [
@@ -117,8 +117,15 @@ def read_member(ref: ScanRef) -> bytes:
 
 
 def stream_members(uri: str) -> Iterator[tuple[ScanRef, bytes | ScanError]]:
-    """Yield every scan of a tar.gz or tar.zst with its content, in one pass; see `StreamedTar`."""
-    archive = open_archive(uri)
+    """Yield every scan of a tar.gz or tar.zst with its content, or why it has none, in one pass.
+
+    Raises:
+        ScanError: `member_corrupt` or `io_error`, if what follows cannot be read.
+    """
+    try:
+        archive = open_archive(uri)
+    except (OSError, UsageError) as error:
+        raise ScanError("io_error", type(error).__name__) from error
     if not isinstance(archive, StreamedTar):
         raise ScanError("io_error", "the archive has changed since it was listed")
     yield from archive.members()
@@ -176,7 +183,7 @@ def _first_block(uri: str) -> bytes:
     with closing(open_stream(uri, limits())) as stream:
         try:
             return stream.read(TAR_BLOCK)
-        except Exception:  # whatever a damaged file makes its unpacker raise
+        except DAMAGE:
             return b""
 
 

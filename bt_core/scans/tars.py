@@ -31,7 +31,8 @@ from bt_core.scans.tar_headers import TarDamage, TarMember, read_header
 
 _CHUNK_BYTES: Final = 1024**2
 _STREAM_BUFFER_BYTES: Final = 8 * 1024**2
-_DAMAGE: Final = (TarDamage, EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+DAMAGE: Final = (TarDamage, EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+"""What a damaged archive makes its unpacker or the reading of headers raise."""
 _CUT: Final = "the rest of an archive that is cut or damaged"
 _CHANGED: Final = "the archive has changed since it was listed"
 
@@ -62,7 +63,7 @@ class TarSource:
             while member := self._header(start):
                 if not member.is_hidden:
                     lister.add(member.name, member.start)
-                total += member.size if member.is_file else 0
+                total += min(member.size, self._size - member.data) if member.is_file else 0
                 check_total(self._uri, total, given)
                 start = member.end
         except TarDamage:
@@ -120,7 +121,7 @@ class StreamedTar:
                     start = member.end
                     stream.seek(start)
                 stream.skip_rest()
-            except _DAMAGE:
+            except DAMAGE:
                 lister.skipped[_CUT] += 1
         return lister
 
@@ -142,7 +143,7 @@ class StreamedTar:
                     ref = lister.identify(member.name, member.start)
                     if ref is not None:
                         yield ref, _content(stream, ref, member, given)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ScanError("member_corrupt", type(error).__name__) from error
         except (OSError, SourceError) as error:
             raise ScanError("io_error", type(error).__name__) from error
@@ -158,7 +159,7 @@ class StreamedTar:
         with closing(open_stream(self._uri, given)) as stream:
             try:
                 member = read_header(stream, ref.position)
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 raise ScanError("member_corrupt", type(error).__name__) from error
             content = _content(stream, ref, member, given)
         if isinstance(content, ScanError):
@@ -256,5 +257,5 @@ def _content(
         return refuse_archive(content)
     except ScanError as error:
         return error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         return ScanError("member_corrupt", type(error).__name__)
