@@ -20,6 +20,9 @@ from pyarrow import fs
 
 from bt_core.errors import UsageError
 
+PASSWORD: Final = re.compile(r"://[^/@]*:(?!\d+/)[^@]*@")
+"""A URI with `user:password@`; the password may hold slashes, as keys of S3 do."""
+
 
 def is_uri(location: str) -> bool:
     """Return whether a location has a scheme, as in `s3://bucket/key`."""
@@ -32,8 +35,11 @@ def absolute(location: str) -> str:
 
 
 def redact(location: str) -> str:
-    """Return a location for messages: no user, password or query, which may hold a signature."""
-    return re.sub(r"\?.*", "?***", re.sub(r"://[^/@]*@", "://***@", location), flags=re.DOTALL)
+    """Return a location for messages: a URI without user, password and query (signatures)."""
+    if not is_uri(location):
+        return location
+    without_user = re.sub(r"://[^/@]*@", "://***@", PASSWORD.sub("://***@", location))
+    return re.sub(r"\?.*", "?***", without_user, flags=re.DOTALL)
 
 
 def filesystem(location: str) -> tuple[fs.FileSystem, str]:
@@ -56,7 +62,7 @@ def _open_uri(location: str) -> tuple[fs.FileSystem, str]:
         if "Unrecognized filesystem" not in str(error):
             raise UsageError(f"cannot open {redact(location)}: it is not a valid URI") from error
     except OSError as error:  # the first line; what follows may be a page of library paths
-        raise UsageError(f"cannot open {redact(location)}: {_first_line(error)}") from error
+        raise UsageError(f"cannot open {redact(location)}: {redact(_first_line(error))}") from error
     try:
         opened, path = fsspec.core.url_to_fs(location)
     except Exception as error:  # each of fsspec's stores has its own errors

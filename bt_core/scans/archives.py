@@ -6,7 +6,6 @@ an archive declares are never trusted for memory: members are read with a hard c
 
 import os
 import posixpath
-import re
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -29,7 +28,6 @@ from bt_core.scans.members import (
     Listing,
     ScanRef,
     is_tar_header,
-    printable,
     refuse_archive,
 )
 from bt_core.scans.scan_lists import SUFFIXES, read_list
@@ -42,7 +40,6 @@ __all__ = [
     "ScanRef",
     "list_scans",
     "open_archive",
-    "printable",
     "read_member",
     "stream_members",
 ]
@@ -71,7 +68,7 @@ def list_scans(source: str, hash_key: bytes | None = None) -> Listing:
             whose members overlap (a bomb).
         UsageError: if the URI cannot be opened, or holds a password.
     """
-    if re.search(r"://[^/@]*:[^/@]*@", source):
+    if storage.PASSWORD.search(source):
         raise UsageError(
             f"{storage.redact(source)} holds a password, which would be written into every result; "
             "give it by the environment (AWS_ACCESS_KEY_ID, ...) or a file of your client"

@@ -19,7 +19,7 @@ from tests.unit.sources import FILES, PACK, make_zip, tar_bytes
 
 NAMES = [".zip", ".tar", ".tar.gz", ".tar.zst", ".csv", ".parquet", ""]
 HURRIED = settings(
-    max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=150, deadline=10_000, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 
 

@@ -196,6 +196,20 @@ def test_a_store_that_cannot_be_opened_says_what_is_missing(uri: str, message: s
     assert "user@" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        ("s3://KEY:ab/cd+e@bucket/a.zip", "s3://***@bucket/a.zip"),
+        ("sftp://me@host/a@b.zip", "sftp://***@host/a@b.zip"),
+        ("http://host:8000/a@b.zip?sig=x", "http://host:8000/a@b.zip?***"),
+        ("/data/what?/a:b@c.zip", "/data/what?/a:b@c.zip"),
+    ],
+)
+def test_only_secrets_are_left_out_of_messages(location: str, shown: str) -> None:
+    assert storage.redact(location) == shown
+    assert bool(storage.PASSWORD.search(location)) == ("KEY" in location)
+
+
 @pytest.mark.parametrize("scheme", ["s3", "http", "sftp", "foo"])
 def test_passwords_are_refused_and_never_shown(scheme: str) -> None:
     uri = f"{scheme}://me:s3cret@host/a.zip"
