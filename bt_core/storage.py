@@ -1,20 +1,27 @@
-"""Files, local or on any store that pyarrow opens; writing never leaves halves.
+"""Files, local or on any store that pyarrow or fsspec opens; writing never leaves halves.
 
 A location is a local path or a URI such as `s3://bucket/key`.
 """
 
 import hashlib
+import io
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable
-from typing import Any
+from functools import lru_cache
+from typing import Any, BinaryIO, Final
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from bt_core.errors import UsageError
+
+PASSWORD: Final = re.compile(r"://[^/@]*:(?!\d+/)[^@]*@")
+"""A URI with `user:password@`; the password may hold slashes, as keys of S3 do."""
 
 
 def is_uri(location: str) -> bool:
@@ -27,22 +34,135 @@ def absolute(location: str) -> str:
     return location if is_uri(location) else os.path.abspath(os.path.expanduser(location))
 
 
+def redact(location: str) -> str:
+    """Return a location for messages: a URI without user, password and query (signatures)."""
+    if not is_uri(location):
+        return location
+    without_user = re.sub(r"://[^/@]*@", "://***@", PASSWORD.sub("://***@", location))
+    return re.sub(r"\?.*", "?***", without_user, flags=re.DOTALL)
+
+
 def filesystem(location: str) -> tuple[fs.FileSystem, str]:
     """Return the pyarrow filesystem of a location and the path inside it.
 
     Raises:
-        UsageError: if the scheme is not one that pyarrow opens.
+        UsageError: if neither pyarrow nor fsspec opens the scheme; says which package is missing.
     """
     if not is_uri(location):
         return fs.LocalFileSystem(), absolute(location)
+    return _open_uri(location)
+
+
+@lru_cache(maxsize=256)
+def _open_uri(location: str) -> tuple[fs.FileSystem, str]:
+    """Open a store once per process; a new S3 client for every file would take longer than it."""
     try:
-        filesystem, path = fs.FileSystem.from_uri(location)
+        return fs.FileSystem.from_uri(location.replace(" ", "%20"))  # type: ignore[no-any-return]
     except (pa.ArrowInvalid, ValueError) as error:
+        if "Unrecognized filesystem" not in str(error):
+            raise UsageError(f"cannot open {redact(location)}: it is not a valid URI") from error
+    except OSError as error:  # the first line; what follows may be a page of library paths
+        raise UsageError(f"cannot open {redact(location)}: {redact(_first_line(error))}") from error
+    try:
+        opened, path = fsspec.core.url_to_fs(location)
+    except Exception as error:  # each of fsspec's stores has its own errors
         raise UsageError(
-            f"cannot open {location}: {error}; use a local path or a URI that pyarrow.fs knows "
-            "(s3://, gs://, hdfs://, file://)"
+            f"cannot open {redact(location)}: {redact(_first_line(error))}; use a local path or a "
+            "URI that pyarrow.fs (s3://, gs://, hdfs://, file://) or fsspec (http://, ...) opens"
         ) from error
-    return filesystem, path
+    return fs.PyFileSystem(fs.FSSpecHandler(opened)), str(path)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+_HELD_BYTES: Final = 512 * 1024**2
+"""Largest file held in memory because its server does not read from the middle of a file."""
+
+
+class _StoreFile(io.RawIOBase):
+    """A file of a store as a raw Python file, each of whose failures is an OSError."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self._file, self._size, self._position = file, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        position = offset + (0, self._position, self._size)[whence]
+        if position < 0:
+            raise OSError("a seek to before the start of the file")
+        self._position = position
+        return position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(0, self._size - self._position))
+        try:
+            content = self._file.read_at(wanted, self._position) if wanted else b""
+        except OSError:
+            raise
+        except Exception as error:  # whatever a store's client raises
+            raise OSError(type(error).__name__) from error
+        if len(content) < min(wanted, 1):
+            raise OSError("the file has become shorter")
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+def _reads_anywhere(file: pa.NativeFile) -> bool:
+    """Tell a plain HTTP server, which ignores ranges, by asking for the last byte."""
+    try:
+        size = file.size()
+        return size == 0 or len(file.read_at(1, size - 1)) == 1
+    except Exception:  # a new request then gives the whole file, or the error that counts
+        return False
+
+
+def _held(whole: BinaryIO) -> io.BytesIO:
+    """Read a stream into memory; one that may give less than asked for at a time."""
+    held = io.BytesIO()
+    while chunk := whole.read(1024**2):
+        if held.tell() + len(chunk) > _HELD_BYTES:
+            raise OSError("the server reads files from their start only; fetch it first")
+        held.write(chunk)
+    held.seek(0)
+    return held
+
+
+def open_file(
+    filesystem_: fs.FileSystem, path: str, buffer_bytes: int = 256 * 1024
+) -> BinaryIO | io.BufferedReader:
+    """Open a file for reading from any place in it, without reading it whole.
+
+    Args:
+        filesystem_: as `filesystem` returned it.
+        path: inside it.
+        buffer_bytes: how much one request to a remote store brings.
+
+    Raises:
+        OSError: if it cannot be opened, whatever the store's own error is.
+    """
+    if isinstance(filesystem_, fs.LocalFileSystem):
+        return open(path, "rb")
+    try:
+        file = filesystem_.open_input_file(path)
+        if isinstance(filesystem_, fs.PyFileSystem) and not _reads_anywhere(file):
+            with filesystem_.handler.fs.open(path, block_size=0) as whole:
+                return _held(whole)
+        return io.BufferedReader(_StoreFile(file, file.size()), buffer_bytes)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(type(error).__name__) from error
 
 
 def join(location: str, *parts: str) -> str:

@@ -14,7 +14,12 @@ from bt_core import log, storage
 from bt_core.errors import EXIT_FAILED, BtError, UsageError
 
 SourceArgument = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="Folder, zip archive or single scan; path or URI.")
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Folder, archive (zip, tar, tar.gz, tar.zst), list (CSV or Parquet with a column "
+        "`path`) or single scan; path or URI.",
+    ),
 ]
 BundleArgument = Annotated[
     str, typer.Argument(metavar="BUNDLE", help="Bundle folder that bt ensemble wrote; path or URI.")

@@ -91,30 +91,34 @@ class Dataset:
 
 
 def label_refs(refs: list[ScanRef], task: str | None) -> tuple[pa.Table, LabelSpace]:
-    """Give every listed scan its label from its folder.
+    """Give every listed scan its label: the one of its list, or the one of its folder.
 
     The deepest folder whose name is a known class decides; a folder such as Training is kept as
-    `given_split`.
+    `given_split`. What a list says goes before what folders say.
 
     Args:
         refs: listed scans.
         task: the label space, four_class or binary; None infers it.
 
     Returns:
-        A table with scan_id, uri, member, position, label and given_split, and the label space.
+        A table with scan_id, uri, member, position, label, given_split and patient (keyed hashes;
+        empty where unknown), and the label space.
 
     Raises:
         UsageError: if there is no such task.
-        SourceError: if some folder is not a known class (all are listed, with the known names), or
-            fewer than two classes are there.
+        SourceError: if some folder or given label is not a known class (all are listed, with the
+            known names), some given split is not known, or fewer than two classes are there.
     """
     classes = _classes(refs)
-    unknown = Counter(_folder(r.member) for r, c in zip(refs, classes, strict=True) if c is None)
+    unknown = Counter(
+        f"label {r.label!r}" if r.label else f"class folder {_folder(r.member)!r}"
+        for r, c in zip(refs, classes, strict=True)
+        if c is None
+    )
     if unknown:
-        listed = ", ".join(f"{name!r} ({count} files)" for name, count in unknown.most_common(10))
+        listed = ", ".join(f"{name} ({count} files)" for name, count in unknown.most_common(10))
         raise SourceError(
-            f"unknown class folder {listed}; known folder names are: {known_folder_names()}. "
-            "Rename or remove these folders"
+            f"unknown {listed}; known names are: {known_folder_names()}. Rename or remove these"
         )
     labels, space = _labels(classes, task)
     if "" in labels:
@@ -137,7 +141,8 @@ def label_refs_if_known(refs: list[ScanRef], task: str | None) -> pa.Table:
 def _labelled(refs: list[ScanRef], labels: list[str]) -> pa.Table:
     columns: dict[str, Any] = ref_columns(refs)
     columns["label"] = labels
-    columns["given_split"] = [_given_split(ref.member) for ref in refs]
+    columns["given_split"] = [_given_split(ref) for ref in refs]
+    columns["patient"] = [ref.patient for ref in refs]
     return pa.table(columns)
 
 
@@ -149,12 +154,15 @@ def _labels(classes: list[str | None], task: str | None) -> tuple[list[str], Lab
 
 
 def _classes(refs: list[ScanRef]) -> list[str | None]:
-    folders = [_folders(ref.member) for ref in refs]
+    folders = [[] if ref.label else _folders(ref.member) for ref in refs]
     # What all members share is the archive's own name, which may sound like a class.
     levels = zip(*folders, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
     shared = 0 if any(len(own) == shared for own in folders) else shared
-    return [_class_of_folders(own[shared:]) for own in folders]
+    return [
+        class_of_folder(ref.label) if ref.label else _class_of_folders(own[shared:])
+        for ref, own in zip(refs, folders, strict=True)
+    ]
 
 
 def ref_columns(refs: list[ScanRef]) -> dict[str, Any]:
@@ -227,6 +235,14 @@ def _folder(member: str) -> str:
     return member.rsplit("/", 1)[0] if "/" in member else "(no folder)"
 
 
-def _given_split(member: str) -> str:
-    parts = (_GIVEN_SPLITS.get(part.lower(), "") for part in _folders(member))
+def _given_split(ref: ScanRef) -> str:
+    if ref.given_split:
+        split = _GIVEN_SPLITS.get(ref.given_split.lower())
+        if split is None:
+            raise SourceError(
+                f"unknown split {ref.given_split!r} in the list; write one of: "
+                f"{', '.join(_GIVEN_SPLITS)}"
+            )
+        return split
+    parts = (_GIVEN_SPLITS.get(part.lower(), "") for part in _folders(ref.member))
     return next((part for part in parts if part), "")

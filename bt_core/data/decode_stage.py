@@ -17,6 +17,8 @@ from bt_core.scans.formats import decode_scan
 from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels
 
 REF_COLUMNS = ("scan_id", "uri", "member", "position")
+CONTENT = "content"
+"""Column with what a stream gave for each ref: bytes, or a ScanError. It does not pass through."""
 Columns = dict[str, Any]
 
 
@@ -27,8 +29,9 @@ class DecodeStage:
     Added columns: content_sha256, pixel_sha256 (of the decoded grey image, before preprocessing),
     format, width, height, channels (of the file, alpha counted), num_bytes, bit_depth, steps (what
     was done to decode it), patient (keyed hash, or empty), reason (empty when decoded), detail, and
-    `pixels_<i>` uint8
-    (S, S) for the i-th spec, all zero where `reason` is not empty. Other columns pass through.
+    `pixels_<i>` uint8 (S, S) for the i-th spec, all zero where `reason` is not empty. Other columns
+    pass through; a patient that is known already is kept.
+    A scan is read from its source, unless the column `CONTENT` already holds it.
 
     Args:
         specs: preprocessing specs with distinct pixels; none makes a catalog.
@@ -49,7 +52,9 @@ class DecodeStage:
         )
         result = self.set_aside(row, "", "")
         try:
-            content = read_member(ref)
+            content = read_member(ref) if CONTENT not in row else row[CONTENT]
+            if isinstance(content, ScanError):
+                raise content
             result["content_sha256"] = storage.sha256(content)
             scan = decode_scan(content, ref.member)
         except ScanError as error:
@@ -73,11 +78,11 @@ class DecodeStage:
         """Return the full row of a scan that gave nothing, with its reason."""
         blank: dict[str, Any] = {"content_sha256": "", "pixel_sha256": "", "format": ""}
         blank |= {"width": 0, "height": 0, "bit_depth": 0, "channels": 0, "num_bytes": 0}
-        blank |= {"steps": "", "patient": ""}
+        blank |= {"steps": "", "patient": row.get("patient", "")}
         blank |= {"reason": reason, "detail": detail}
         for i, spec in enumerate(self.specs):
             blank[f"pixels_{i}"] = np.zeros((spec.size_px, spec.size_px), np.uint8)
-        return {**row, **blank}
+        return {**{k: v for k, v in row.items() if k != CONTENT}, **blank}
 
 
 @dataclass(frozen=True)
@@ -108,5 +113,14 @@ def pixel_digest(image_HW: np.ndarray) -> str:
     return storage.sha256(f"{image_HW.shape}".encode() + np.ascontiguousarray(image_HW).tobytes())
 
 
+def column_of(values: list[Any]) -> np.ndarray:
+    """Return values as a column; bytes stay objects, since NumPy's own lose zeros at the end."""
+    if values and isinstance(values[0], bytes | ScanError):
+        column = np.empty(len(values), object)
+        column[:] = values
+        return column
+    return np.array(values)
+
+
 def _to_columns(rows: list[dict[str, Any]]) -> Columns:
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]} if rows else {}
+    return {name: column_of([row[name] for row in rows]) for name in rows[0]} if rows else {}

@@ -4,12 +4,15 @@ Ray retries for ever by default, so a file that kills its decoder would stop a j
 Here every retry is bounded, and decoding runs in tasks of its own whose death is noticed: the scans
 of a dead task are tried one by one, twice each, and one that dies again is set aside as
 `decoder_crashed`.
+
+Scans are read where they are decoded. Only those of a tar.gz or tar.zst, which has no random
+access, are read by one task per archive, which hands them to the decoding tasks.
 """
 
 import logging
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
@@ -22,8 +25,9 @@ import ray.data
 import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
 
-from bt_core.data.decode_stage import Columns, DecodeStage, FamilyStage
+from bt_core.data.decode_stage import Columns, DecodeStage, FamilyStage, column_of
 from bt_core.data.families import CopyIndex, Pairs, exact_pairs
+from bt_core.data.stream import split_streamed, stream_batches
 from bt_core.scans.preprocess import PreprocessSpec
 
 MAX_RETRIES: Final = 2
@@ -33,6 +37,8 @@ _DECODE_BATCH: Final = 64
 _SEARCH_ROWS: Final = 2048
 _SCANS_WORTH_AN_ACTOR: Final = 256
 _STARVED_AFTER_SECONDS: Final = 300
+_STREAM_WINDOW: Final = 32
+"""Batches of one archive that are decoded at once at most: about 1 GiB in the object store."""
 _CRASHES: Final = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 
 
@@ -68,11 +74,18 @@ def decode(refs: pa.Table, stage: RowStage) -> ray.data.Dataset:
         A lazy dataset with one row for each ref, in no particular order.
     """
     configure()
-    blocks = [refs.slice(i, _DECODE_BATCH) for i in range(0, refs.num_rows, _DECODE_BATCH)]
+    streamed, direct = split_streamed(refs)
+    blocks = [direct.slice(i, _DECODE_BATCH) for i in range(0, direct.num_rows, _DECODE_BATCH)]
+    parts = [(blocks, _guarded), (streamed, _guarded_stream)] if streamed else [(blocks, _guarded)]
     with bounded_retries():
-        return ray.data.from_arrow(blocks).map_batches(
-            _guarded, fn_kwargs={"stage": stage}, batch_size=None, max_retries=MAX_RETRIES
-        )
+        first, *others = [
+            ray.data.from_arrow(tables).map_batches(
+                work, fn_kwargs={"stage": stage}, batch_size=None, max_retries=MAX_RETRIES
+            )
+            for tables, work in parts
+            if tables or not streamed
+        ]
+    return first.union(*others) if others else first
 
 
 def decode_catalog(refs: pa.Table, stage: RowStage | None = None) -> pa.Table:
@@ -211,8 +224,25 @@ def _search(blocks: Columns, index: list[ray.ObjectRef]) -> Columns:
 
 
 def _guarded(columns: Columns, stage: RowStage) -> Columns:
+    return _outcome(_run_stage.remote(stage, columns), columns, stage)
+
+
+def _guarded_stream(columns: Columns, stage: RowStage) -> Iterator[Columns]:
+    """Read archives in order, decode their scans in parallel, and never run far ahead of that."""
+    window = min(_STREAM_WINDOW, 1 + int(ray.cluster_resources().get("CPU", 1)))
+    pending: deque[tuple[Any, Columns]] = deque()
+    for batch in stream_batches(columns):
+        pending.append((_run_stage.remote(stage, batch), batch))
+        if len(pending) >= window:
+            yield _outcome(*pending.popleft(), stage)
+    while pending:
+        yield _outcome(*pending.popleft(), stage)
+
+
+def _outcome(task: Any, columns: Columns, stage: RowStage) -> Columns:
+    """Return a task's rows; if its worker died, those of one task per scan."""
     try:
-        return _get(_run_stage.remote(stage, columns))
+        return _get(task)
     except (*_CRASHES, ray.exceptions.NodeDiedError):
         rows = [{k: v[i] for k, v in columns.items()} for i in range(len(columns["scan_id"]))]
         return _one_by_one(rows, stage)
@@ -221,7 +251,7 @@ def _guarded(columns: Columns, stage: RowStage) -> Columns:
 def _one_by_one(rows: list[dict[str, Any]], stage: RowStage) -> Columns:
     """Give every scan a task of its own, so that the one that crashes harms no other."""
     task = _run_stage.options(max_retries=TRIES_PER_SCAN - 1)
-    pending = [task.remote(stage, {k: np.array([v]) for k, v in row.items()}) for row in rows]
+    pending = [task.remote(stage, {k: column_of([v]) for k, v in row.items()}) for row in rows]
     parts: list[Columns] = []
     for row, ref in zip(rows, pending, strict=True):
         try:

@@ -12,6 +12,7 @@ from bt_core import storage
 from bt_core.data.catalog import Dataset
 from bt_core.data.decode_stage import Columns, DecodeStage
 from bt_core.data.pipeline import MAX_RETRIES, bounded_retries, check_rows, configure, decode
+from bt_core.data.stream import split_streamed
 from bt_core.scans.preprocess import PreprocessSpec
 
 _SHARD_ROWS: Final = 512
@@ -38,10 +39,14 @@ def ensure_view(dataset: Dataset, spec: PreprocessSpec) -> str:
     refs = refs.rename_columns({"pixel_sha256": "expected"})
     refs = refs.append_column("label", pa.array(index, pa.int64()))
     beside = storage.join(dataset.location, "views", f"{name}.{uuid.uuid4().hex[:8]}.tmp")
+    streamed, _ = split_streamed(refs)
+    if streamed:  # these come in the order of their archive, which may go class by class
+        refs = refs.append_column("rank", pa.array(range(refs.num_rows), pa.int64()))
+    decoded = decode(refs, DecodeStage((spec,)))
     with bounded_retries():
-        decode(refs, DecodeStage((spec,))).map_batches(
-            _view_rows, batch_size=_SHARD_ROWS, max_retries=MAX_RETRIES
-        ).write_parquet(
+        views = decoded.map_batches(_view_rows, batch_size=_SHARD_ROWS, max_retries=MAX_RETRIES)
+        views = views.sort("rank").drop_columns(["rank"]) if streamed else views
+        views.write_parquet(
             beside,
             partition_cols=["split"],
             mode="append",
@@ -93,5 +98,5 @@ def _view_rows(columns: Columns) -> Columns:
             f"{int(changed.sum())} scans differ from the catalog (first: scan {first}): the source "
             "has changed since bt prepare; prepare it again"
         )
-    kept = {name: columns[name] for name in ("scan_id", "label", "split")}
+    kept: Columns = {k: columns[k] for k in ("scan_id", "label", "split", "rank") if k in columns}
     return {**kept, "pixels": columns["pixels_0"]}

@@ -1,22 +1,26 @@
-"""Sources are listed and read the same wherever they lie, and hostile archives do no harm."""
+"""Sources are listed and read the same wherever they lie, and hostile names do no harm."""
 
+import gzip
+import io
 import os
 import re
 import shutil
-import struct
+import socket
+import tarfile
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
-from bt_core.errors import ScanError, SourceError
-from bt_core.scans import archives
+from bt_core.errors import SourceError, UsageError
 from bt_core.scans.archives import ScanRef, list_scans, read_member
+from bt_core.scans.limits import Limits, limits
+from tests.unit.sources import FILES, contents, make_folder, make_zip, refusal
 
-LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
-FILES = {"glioma/a.png": b"first", "glioma/b.dcm": b"second", "no_tumor/a.png": b"third"}
 OTHER_FILES = {
     ".hidden.png": "system file",
     ".cache/a.png": "system file",
@@ -29,41 +33,6 @@ OTHER_FILES = {
     "glioma/notes.txt": "not a scan",
     "meta.json": "not a scan",
 }
-
-
-def make_folder(path: Path, files: dict[str, bytes]) -> str:
-    for name, content in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(content)
-    return str(path)
-
-
-def make_zip(
-    path: Path, members: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED
-) -> Path:
-    """Write a zip; names stay as they are, and equal names do not warn as with `ZipFile`."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members:
-            archive.NameToInfo.pop(name, None)
-            archive.writestr(zipfile.ZipInfo(name), content, compression)
-    return path
-
-
-def refusal(ref: ScanRef) -> ScanError:
-    with pytest.raises(ScanError) as caught:
-        read_member(ref)
-    return caught.value
-
-
-def contents(source: str) -> dict[str, bytes]:
-    return {ref.member: read_member(ref) for ref in list_scans(source).refs}
-
-
-def patch(path: Path, change: Callable[[bytearray], object]) -> Path:
-    content = bytearray(path.read_bytes())
-    change(content)
-    path.write_bytes(content)
-    return path
 
 
 @pytest.fixture
@@ -130,19 +99,6 @@ def test_a_file_without_a_known_suffix_is_a_scan(tmp_path: Path) -> None:
     assert contents(make_folder(tmp_path / "scans", files)) == files
 
 
-def test_folders_inside_a_zip_are_no_scans(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "scans.zip", [("glioma/", b""), ("glioma/a.png", b"first")])
-    assert contents(str(path)) == {"glioma/a.png": b"first"}
-
-
-def test_equal_names_in_a_zip_are_different_scans(tmp_path: Path) -> None:
-    members = [("a.png", b"first"), ("b.png", b"other"), ("a.png", b"second")]
-    refs = list_scans(str(make_zip(tmp_path / "scans.zip", members))).refs
-    assert [ref.member for ref in refs] == ["a.png", "b.png", "a.png"]
-    assert [read_member(ref) for ref in refs] == [b"first", b"other", b"second"]
-    assert len({ref.scan_id for ref in refs}) == 3
-
-
 @pytest.mark.parametrize(
     "name",
     ["../../evil.png", "/etc/evil.png", "a/../../evil.png", "C:\\evil.png", "..\\evil.png"],
@@ -162,71 +118,6 @@ def test_a_leading_dot_slash_does_not_hide_a_scan(tmp_path: Path) -> None:
     assert list(contents(source).values()) == [b"first"]
 
 
-def set_encrypted(content: bytearray) -> None:
-    """Set the encryption flag of the first member in both of its headers."""
-    content[content.index(LOCAL) + 6] |= 1
-    content[content.index(CENTRAL) + 8] |= 1
-
-
-def set_unknown_method(content: bytearray) -> None:
-    for position in (content.index(LOCAL) + 8, content.index(CENTRAL) + 10):
-        content[position : position + 2] = struct.pack("<H", 97)
-
-
-def flip_data(content: bytearray) -> None:
-    content[content.index(b"first")] ^= 0xFF
-
-
-def understate_size(content: bytearray) -> None:
-    """Declare that the first member unpacks to two bytes."""
-    position = content.index(CENTRAL) + 24
-    content[position : position + 4] = struct.pack("<I", 2)
-
-
-def spoil_local_header(content: bytearray) -> None:
-    content[content.index(LOCAL)] = 0
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (set_encrypted, "member_encrypted"),
-        (set_unknown_method, "member_corrupt"),
-        (flip_data, "member_corrupt"),
-        (understate_size, "member_corrupt"),
-        (spoil_local_header, "member_corrupt"),
-    ],
-)
-def test_a_bad_member_has_a_reason_and_spares_the_others(
-    tmp_path: Path, change: Callable[[bytearray], object], reason: str
-) -> None:
-    source = str(patch(make_zip(tmp_path / "scans.zip", list(FILES.items())), change))
-    bad, *others = list_scans(source).refs
-    assert refusal(bad).reason == reason
-    assert [read_member(ref) for ref in others] == [b"second", b"third"]
-
-
-def test_damaged_deflate_data_is_member_corrupt(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "scans.zip", [("a.png", os.urandom(500))], zipfile.ZIP_DEFLATED)
-
-    def damage(content: bytearray) -> None:
-        content[35:60] = b"\xff" * 25
-
-    assert refusal(list_scans(str(patch(path, damage))).refs[0]).reason == "member_corrupt"
-
-
-def test_a_member_that_swells_is_too_large(tmp_path: Path) -> None:
-    zeros = bytes(2 * 1024**2 + 1)
-    source = str(make_zip(tmp_path / "scans.zip", [("a.png", zeros)], zipfile.ZIP_DEFLATED))
-    assert refusal(list_scans(source).refs[0]).reason == "member_too_large"
-
-
-def test_a_small_member_may_swell(tmp_path: Path) -> None:
-    zeros = bytes(1024**2)
-    source = str(make_zip(tmp_path / "scans.zip", [("a.png", zeros)], zipfile.ZIP_DEFLATED))
-    assert read_member(list_scans(source).refs[0]) == zeros
-
-
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_the_size_limit_holds_for_every_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -235,46 +126,10 @@ def test_the_size_limit_holds_for_every_source(
     source = make_folder(tmp_path / "scans", files)
     if kind == "zip":
         source = str(make_zip(tmp_path / "scans.zip", list(files.items())))
-    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 100)
+    monkeypatch.setenv("BT_MAX_MEMBER_BYTES", "100")
     at_limit, over_limit = list_scans(source).refs
     assert read_member(at_limit) == bytes(100)
     assert refusal(over_limit).reason == "member_too_large"
-
-
-def add_overlapping_entry(content: bytearray) -> None:
-    """Let a second directory entry point to the first member's bytes."""
-    start, end = content.index(CENTRAL), content.index(END)
-    entry = bytes(content[start:end])
-    content[end:end] = entry
-    end += len(entry)
-    content[end + 8 : end + 16] = struct.pack("<HHI", 2, 2, 2 * len(entry))
-
-
-def test_overlapping_members_are_refused(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "bomb.zip", [("a.png", b"first")])
-    assert len(list_scans(str(path)).refs) == 1
-    bomb = shutil.copy(path, tmp_path / "bomb2.zip")
-    patch(bomb, add_overlapping_entry)
-    with zipfile.ZipFile(bomb) as archive:
-        assert archive.namelist() == ["a.png", "a.png"]
-    with pytest.raises(SourceError, match="overlap"):
-        list_scans(str(bomb))
-
-
-def test_a_zip_cut_at_its_end_is_refused(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "scans.zip", list(FILES.items()))
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(SourceError, match=r"scans\.zip is not a readable zip archive"):
-        list_scans(str(path))
-
-
-def test_a_zip_that_lost_bytes_in_the_middle_loses_only_those_members(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "scans.zip", list(FILES.items()))
-    content = path.read_bytes()
-    path.write_bytes(content[:5] + content[45:])
-    first, *others = list_scans(str(path)).refs
-    assert refusal(first).reason == "member_corrupt"
-    assert [read_member(ref) for ref in others] == [b"second", b"third"]
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"0123456789" * 2, b"0123456789" * 30])
@@ -330,9 +185,9 @@ def test_a_source_without_scans_says_which_and_what_to_do(
 
 
 def test_too_many_members_are_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_MEMBERS", 3)
+    monkeypatch.setenv("BT_MAX_MEMBERS", "3")
     assert len(list_scans(folder).refs) == 3
-    monkeypatch.setattr(archives, "MAX_MEMBERS", 2)
+    monkeypatch.setenv("BT_MAX_MEMBERS", "2")
     with pytest.raises(SourceError, match="limit of 2"):
         list_scans(folder)
 
@@ -349,50 +204,10 @@ def test_an_archive_that_is_not_there_is_an_io_error(tmp_path: Path) -> None:
     assert refusal(ref).reason == "io_error"
 
 
-def test_an_archive_that_was_replaced_is_listed_anew(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "scans.zip", [("a.png", b"old")])
-    assert contents(str(path)) == {"a.png": b"old"}
-    os.replace(make_zip(tmp_path / "new.zip", [("b.png", b"new content")]), path)
-    assert contents(str(path)) == {"b.png": b"new content"}
-
-
 @pytest.mark.parametrize("name", ["größe/räume.png", "脳.png", "a b/c'd.png", "x" * 200 + ".png"])
 def test_unusual_names_are_kept(tmp_path: Path, name: str) -> None:
     assert contents(make_folder(tmp_path / "scans", {name: b"x"})) == {name: b"x"}
     assert contents(str(make_zip(tmp_path / "scans.zip", [(name, b"x")]))) == {name: b"x"}
-
-
-def test_a_zip_name_of_another_encoding_is_read(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "scans.zip", [("xx.png", b"first"), ("b.png", b"second")])
-
-    def rename(content: bytearray) -> None:
-        content[:] = content.replace(b"xx.png", b"\xff\xfe.png")
-
-    assert list(contents(str(patch(path, rename))).values()) == [b"first", b"second"]
-
-
-def test_a_zip_name_that_is_falsely_called_utf_8_does_no_harm(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "scans.zip", [("é.png", b"first")])
-
-    def rename(content: bytearray) -> None:
-        content[:] = content.replace("é.png".encode(), b"\xff\xfe.png")
-
-    with pytest.raises(SourceError, match=r"scans\.zip"):
-        list_scans(str(patch(path, rename)))
-
-
-def test_a_file_name_that_is_not_utf_8_does_no_harm(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "scans", {"a.png": b"first"})
-    try:
-        Path(os.fsdecode(os.fsencode(folder) + b"/\xff.png")).write_bytes(b"second")
-    except OSError:
-        pytest.skip("this file system takes UTF-8 names only")
-    try:
-        refs = list_scans(folder).refs
-    except SourceError as error:
-        assert folder in str(error)  # noqa: PT017
-    else:
-        assert sorted(read_member(ref) for ref in refs) == [b"first", b"second"]
 
 
 def test_reading_unpacks_nothing_to_disk(
@@ -402,3 +217,117 @@ def test_reading_unpacks_nothing_to_disk(
     before = sorted(tmp_path.rglob("*"))
     assert contents(archive) == FILES
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def packed(kind: str) -> bytes:
+    """Return a small archive of a kind."""
+    buffer = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("a.png", b"x")
+        return buffer.getvalue()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.png"))
+    tar = buffer.getvalue()
+    signatures = {"7z": b"7z\xbc\xaf\x27\x1c", "rar": b"Rar!\x1a\x07\x01\0", "xz": b"\xfd7zXZ\0"}
+    signatures |= {"tar": tar, "tar.gz": gzip.compress(tar)}
+    return signatures.get(kind) or zstandard.compress(tar)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.zst", "7z", "rar", "xz"])
+def test_an_archive_inside_a_source_is_not_opened(tmp_path: Path, kind: str) -> None:
+    files = {"more.bin": packed(kind), "z.png": b"good"}
+    for source in (
+        make_folder(tmp_path / "scans", files),
+        str(make_zip(tmp_path / "scans.zip", list(files.items()))),
+    ):
+        nested, good = list_scans(source).refs
+        assert refusal(nested).reason == "nested_archive"
+        assert read_member(good) == b"good"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(gzip.compress(b"\x5c\x01\0\0" + bytes(400)), id="NIfTI"),
+        pytest.param(b"\x1f\x8b" + b"damaged gzip", id="damaged gzip"),
+        pytest.param(b"PK\x03\x04" + bytes(124) + b"DICM", id="DICOM with a zip's magic"),
+    ],
+)
+def test_what_looks_like_an_archive_may_be_a_scan(tmp_path: Path, content: bytes) -> None:
+    assert contents(make_folder(tmp_path / "scans", {"a.nii.gz": content})) == {"a.nii.gz": content}
+
+
+def test_a_compressed_nifti_file_is_a_source(tmp_path: Path) -> None:
+    content = gzip.compress(b"\x5c\x01\0\0" + bytes(400))
+    (tmp_path / "scan.nii.gz").write_bytes(content)
+    assert contents(str(tmp_path / "scan.nii.gz")) == {"scan.nii.gz": content}
+
+
+def test_every_kind_of_file_in_a_folder_ends_in_a_row(folder: str, tmp_path: Path) -> None:
+    root = Path(folder)
+    (root / "link.png").symlink_to(root / "glioma" / "a.png")
+    (root / "dangling.png").symlink_to(root / "nowhere.png")
+    (root / "glioma" / "up").symlink_to(root)  # a circle
+    os.mkfifo(root / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkey = os.getcwd()
+        os.chdir(root)  # the path of a socket is limited to 107 bytes
+        try:
+            listener.bind("socket.png")
+        finally:
+            os.chdir(monkey)
+        listing = list_scans(folder)
+        found = {ref.member: ref for ref in listing.refs if ref.member not in FILES}
+        assert listing.skipped == {"link to a folder": 1}
+        assert read_member(found.pop("link.png")) == b"first"
+        assert {name: refusal(ref).reason for name, ref in found.items()} == {
+            "dangling.png": "io_error",
+            "pipe.png": "unsupported_member",
+            "socket.png": "unsupported_member",
+        }
+
+
+def test_a_device_is_never_opened() -> None:
+    assert refusal(ScanRef("0" * 20, "/dev", "zero", -1)).reason == "unsupported_member"
+
+
+def test_a_pipe_is_not_a_source(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(SourceError, match="neither a folder nor a regular file"):
+        list_scans(str(tmp_path / "pipe.png"))
+
+
+def test_names_that_are_not_utf_8_are_found_again(tmp_path: Path) -> None:
+    names = [b"\xff.png", b"\\xff.png", b"a\\xff\xff.png", "é".encode() + b"\xe9.png", b"ok.png"]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes(name)
+    refs = list_scans(str(tmp_path)).refs
+    assert len({ref.scan_id for ref in refs}) == len({(r.member, r.position) for r in refs}) == 5
+    assert sorted(read_member(ref) for ref in refs) == sorted(names)
+    for ref in refs:
+        ref.member.encode()
+    assert "\\xff.png" in {ref.member for ref in refs}
+
+
+def test_listing_many_files_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(2_001):
+        (tmp_path / f"{i}.png").touch()
+    monkeypatch.setenv("BT_MAX_MEMBERS", "2000")
+    started = time.perf_counter()
+    with pytest.raises(SourceError, match="limit of 2000; set BT_MAX_MEMBERS"):
+        list_scans(str(tmp_path))
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "many", "1e9", "²"])
+def test_a_limit_that_is_no_number_is_refused(
+    folder: str, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("BT_MAX_RATIO", value)
+    with pytest.raises(UsageError, match="BT_MAX_RATIO is"):
+        list_scans(folder)
+
+
+def test_the_default_limits_are_those_of_the_readme() -> None:
+    assert limits() == Limits(100_000, 20 * 1024**3, 512 * 1024**2, 200)

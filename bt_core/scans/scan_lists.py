@@ -1,0 +1,115 @@
+"""Lists of scans: a CSV, TSV or Parquet table with one row per scan.
+
+The columns are `path` (or file, uri, filename) and, if wanted, `label`, `split` and `patient`.
+Relative paths start at the list's folder.
+"""
+
+import csv
+import io
+import posixpath
+from typing import Any, Final
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bt_core import storage
+from bt_core.errors import SourceError
+from bt_core.scans.identity import keyed_hash
+from bt_core.scans.limits import Limits
+from bt_core.scans.members import Lister, ScanRef
+
+SUFFIXES: Final = (".csv", ".tsv", ".parquet")
+_PATH_COLUMNS: Final = ("path", "file", "uri", "filename")
+_OTHER_COLUMNS: Final = ("label", "split", "patient")
+_MAX_LIST_BYTES: Final = 512 * 1024**2
+
+
+def read_list(source: str, given: Limits, hash_key: bytes | None) -> Lister:
+    """List the scans that a table names; whether they exist is seen when they are read.
+
+    Args:
+        source: the table.
+        given: how many rows it may have.
+        hash_key: key for the hashes that stand for the patients; None leaves them out.
+
+    Raises:
+        SourceError: if the table cannot be read, is too long, or has no column of paths.
+    """
+    lister = Lister(source, given)
+    folder = posixpath.dirname(source)
+    for row in _rows(source, given):
+        path = row[0].strip()
+        label, split, patient = (text.strip() for text in row[1:])
+        uri, member = folder, path
+        if storage.is_uri(path) or path.startswith("/"):
+            uri, member = posixpath.split(path)
+            member = unquote(member) if storage.is_uri(path) else member
+        hashed = keyed_hash(patient, hash_key) if patient and hash_key else ""
+        lister.append(ScanRef(lister.next_id(path), uri, member, -1, label, split, hashed))
+    return lister
+
+
+def _rows(source: str, given: Limits) -> list[tuple[str, ...]]:
+    """Return path, label, split and patient of every row; empty where the column is missing."""
+    shown = storage.redact(source)
+    try:
+        filesystem, path = storage.filesystem(source)
+        with storage.open_file(filesystem, path) as file:
+            content = file.read(_MAX_LIST_BYTES + 1)
+        if len(content) > _MAX_LIST_BYTES:
+            raise SourceError(f"{shown} is over {_MAX_LIST_BYTES} bytes, too long for a list")
+        is_parquet = source.lower().endswith(".parquet")
+        columns = _parquet(content, given) if is_parquet else _text(content, source)
+    except SourceError:
+        raise
+    except Exception as error:  # of the store, csv and Arrow, which may quote a patient's row
+        raise SourceError(
+            f"{shown} is not a readable list ({type(error).__name__}); save it as CSV in UTF-8 or "
+            "as Parquet"
+        ) from None
+    found = next((columns[name] for name in _PATH_COLUMNS if name in columns), None)
+    if found is None:
+        raise SourceError(
+            f"{shown} has no column of paths; name it path, file, uri or filename (further columns "
+            f"that are used: {', '.join(_OTHER_COLUMNS)})"
+        )
+    blank = [""] * len(found)
+    others = (columns.get(name, blank) for name in _OTHER_COLUMNS)
+    return list(zip(found, *others, strict=True))
+
+
+def _text(content: bytes, source: str) -> dict[str, list[str]]:
+    text = content.decode("utf-8-sig")
+    first = text.partition("\n")[0]
+    separator = "\t" if source.lower().endswith(".tsv") else ","
+    if separator not in first and ";" in first:  # as spreadsheets write where the comma is decimal
+        separator = ";"
+    names, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows = [row for row in rows if row]
+    keys = [name.strip().lower() for name in names]
+    return {
+        key: [row[i] if i < len(row) else "" for row in rows]
+        for i, key in enumerate(keys)
+        if key in (*_PATH_COLUMNS, *_OTHER_COLUMNS)
+    }
+
+
+def _parquet(content: bytes, given: Limits) -> dict[str, list[str]]:
+    file = pq.ParquetFile(pa.BufferReader(content))
+    if file.metadata.num_rows > given.max_members:
+        raise SourceError(
+            f"the list has {file.metadata.num_rows} rows, over the limit of {given.max_members}; "
+            "set BT_MAX_MEMBERS to raise it"
+        )
+    wanted = {
+        name: name.strip().lower()
+        for name in file.schema_arrow.names
+        if name.strip().lower() in (*_PATH_COLUMNS, *_OTHER_COLUMNS)
+    }
+    table = file.read(columns=list(wanted))
+    return {key: _strings(table[name]) for name, key in wanted.items()}
+
+
+def _strings(column: Any) -> list[str]:
+    return ["" if value is None else value for value in column.cast(pa.string()).to_pylist()]

@@ -1,0 +1,223 @@
+"""The same sources at URIs: an S3 server on loopback, plain and ranged HTTP, fsspec's memory."""
+
+import functools
+import gzip
+import http.server
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+from bt_core import storage
+from bt_core.errors import SourceError, UsageError
+from bt_core.scans.archives import ScanRef, list_scans, read_member, stream_members
+from tests.unit.sources import FILES, PACK, contents, make_zip, refusal, tar_bytes
+
+ODD = {"glioma/a b%20#?.png": b"odd", "größe/ä.png": b"umlaut"}
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fs.S3FileSystem]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        store = fs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True)
+        store.create_dir("scans")
+        for name, content in (FILES | ODD).items():
+            put(store, f"scans/folder/{name}", content)
+        path = make_zip(tmp_path_factory.mktemp("zip") / "a.zip", list((FILES | ODD).items()))
+        put(store, "scans/a.zip", path.read_bytes())
+        for kind, pack in PACK.items():
+            put(store, f"scans/a.{kind}", pack(tar_bytes(list((FILES | ODD).items()))))
+        yield store
+    server.stop()
+
+
+def put(store: fs.FileSystem, path: str, content: bytes) -> None:
+    with store.open_output_stream(path, compression=None) as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("name", ["folder", "folder/", "a.zip", "a.tar", "a.tar.gz", "a.tar.zst"])
+def test_sources_on_s3_give_the_same_scans(s3: fs.S3FileSystem, name: str) -> None:
+    assert contents(f"s3://scans/{name}") == FILES | ODD
+    if name in ("a.tar.gz", "a.tar.zst"):
+        assert {r.member: c for r, c in stream_members(f"s3://scans/{name}")} == FILES | ODD
+
+
+def test_a_single_file_on_s3_is_a_source(s3: fs.S3FileSystem) -> None:
+    assert contents("s3://scans/folder/glioma/a.png") == {"a.png": b"first"}
+
+
+def test_a_list_on_s3_names_files_beside_it_and_elsewhere(
+    s3: fs.S3FileSystem, tmp_path: Path
+) -> None:
+    (tmp_path / "local.png").write_bytes(b"local")
+    paths = [
+        "glioma/a.png",
+        "s3://scans/folder/gr%C3%B6%C3%9Fe/%C3%A4.png",
+        f"{tmp_path}/local.png",
+        "s3://scans/folder/none.png",
+    ]
+    put(s3, "scans/folder/list.csv", "\n".join(["path", *paths]).encode())
+    *refs, missing = list_scans("s3://scans/folder/list.csv").refs
+    assert [read_member(ref) for ref in refs] == [b"first", b"umlaut", b"local"]
+    assert refusal(missing).reason == "io_error"
+    s3.delete_file("scans/folder/list.csv")
+
+
+@pytest.mark.parametrize("uri", ["s3://scans/none", "s3://nobucket/a.zip"])
+def test_a_missing_source_on_s3_is_named(s3: fs.S3FileSystem, uri: str) -> None:
+    with pytest.raises(SourceError, match=f"{uri} does not exist"):
+        list_scans(uri)
+
+
+def test_an_object_that_vanished_is_an_io_error(s3: fs.S3FileSystem) -> None:
+    put(s3, "scans/other/a.png", b"x")
+    put(s3, "scans/other/b.zip", b"x")
+    [ref, _] = list_scans("s3://scans/other").refs
+    s3.delete_file("scans/other/a.png")
+    assert refusal(ref).reason == "io_error"
+    assert refusal(ScanRef("0" * 20, "s3://scans/gone.zip", "a.png", 0)).reason == "io_error"
+
+
+def test_one_request_brings_many_members(
+    s3: fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(s3, "scans/many.tar", tar_bytes([(f"{i}.png", b"x" * 1000) for i in range(400)]))
+    reads = []
+    readinto = storage._StoreFile.readinto
+
+    def counted(self: storage._StoreFile, buffer: memoryview) -> int:
+        reads.append(len(buffer))
+        return readinto(self, buffer)
+
+    monkeypatch.setattr(storage._StoreFile, "readinto", counted)
+    assert len(list_scans("s3://scans/many.tar").refs) == 400
+    assert len(reads) <= 10
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files from their start only."""
+
+    def log_message(self, *words: object) -> None:
+        """Say nothing."""
+
+    def copyfile(self, source: object, outputfile: object) -> None:
+        """Bear a client that has seen enough."""
+        try:
+            super().copyfile(source, outputfile)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+
+class Ranged(Quiet):
+    """Serves parts of files, as most servers do."""
+
+    def do_GET(self) -> None:
+        content = Path(self.translate_path(self.path)).read_bytes()
+        first, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
+        part = content[int(first) : int(last) + 1 if last else None]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part)}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+
+@pytest.fixture(params=[Quiet, Ranged])
+def web(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    make_zip(tmp_path / "a.zip", [*FILES.items(), ("big.png", bytes(3 * 1024**2))])
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar_bytes(list(FILES.items()))))
+    (tmp_path / "a.png").write_bytes(b"first")
+    handler = functools.partial(request.param, directory=str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_files_and_archives_are_read_over_http(web: str) -> None:
+    assert contents(f"{web}/a.zip") == {**FILES, "big.png": bytes(3 * 1024**2)}
+    assert contents(f"{web}/a.tar.gz") == FILES
+    assert contents(f"{web}/a.png") == {"a.png": b"first"}
+
+
+def test_a_missing_file_on_http_is_named(web: str) -> None:
+    with pytest.raises(SourceError, match=r"none\.zip does not exist"):
+        list_scans(f"{web}/none.zip")
+
+
+def test_a_server_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(UsageError, match=r"127\.0\.0\.1:1/a\.zip"):
+        list_scans("http://127.0.0.1:1/a.zip")
+
+
+def test_fsspec_stores_are_sources(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    try:
+        for name, content in FILES.items():
+            memory.pipe(f"/scans/{name}", content)
+        path = make_zip(tmp_path / "a.zip", list(FILES.items()))
+        memory.pipe("/a.zip", path.read_bytes())
+        assert contents("memory://scans") == contents("memory://a.zip") == FILES
+        storage.write_json("memory://out/a.json", {"a": 1})
+        assert storage.read_json("memory://out/a.json") == {"a": 1}
+        assert storage.list_files("memory://out") == ["a.json"]
+    finally:
+        memory.store.clear()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("foo://host/a.zip", "foo.*use a local path or a URI"),
+        ("sftp://user@host/a.zip", "paramiko.*use a local path"),
+        ("dropbox://a.zip", "dropbox"),
+    ],
+)
+def test_a_store_that_cannot_be_opened_says_what_is_missing(uri: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        list_scans(uri)
+    assert "user@" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        ("s3://KEY:ab/cd+e@bucket/a.zip", "s3://***@bucket/a.zip"),
+        ("sftp://me@host/a@b.zip", "sftp://***@host/a@b.zip"),
+        ("http://host:8000/a@b.zip?sig=x", "http://host:8000/a@b.zip?***"),
+        ("/data/what?/a:b@c.zip", "/data/what?/a:b@c.zip"),
+    ],
+)
+def test_only_secrets_are_left_out_of_messages(location: str, shown: str) -> None:
+    assert storage.redact(location) == shown
+    assert bool(storage.PASSWORD.search(location)) == ("KEY" in location)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "http", "sftp", "foo"])
+def test_passwords_are_refused_and_never_shown(scheme: str) -> None:
+    uri = f"{scheme}://me:s3cret@host/a.zip"
+    with pytest.raises(UsageError, match=r"\*\*\*@host/a.zip holds a password") as caught:
+        list_scans(uri)
+    assert "s3cret" not in str(caught.value)
+    assert storage.redact(f"{uri}?X-Amz-Signature=abc") == f"{scheme}://***@host/a.zip?***"
+    if scheme == "foo":
+        with pytest.raises(UsageError) as caught:
+            storage.filesystem(uri)
+        assert "s3cret" not in str(caught.value)
