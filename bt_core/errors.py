@@ -64,7 +64,7 @@ class RunError(BtError):
 REASONS: Final[dict[str, str]] = {
     "empty_file": "the file has no bytes",
     "io_error": "the bytes could not be read from the source",
-    "unsupported_type": "the content is not a picture or DICOM file that this version reads",
+    "unsupported_type": "the content is not a picture, DICOM or NIfTI file that this version reads",
     "corrupt_image": "the picture's data is damaged",
     "truncated_image": "the picture's data ends early",
     "image_too_large": "the picture has more pixels than the limit",
