@@ -64,7 +64,7 @@ class RunError(BtError):
 REASONS: Final[dict[str, str]] = {
     "empty_file": "the file has no bytes",
     "io_error": "the bytes could not be read from the source",
-    "unsupported_type": "the content is not a picture or DICOM file that this version reads",
+    "unsupported_type": "the content is not a picture, DICOM or NIfTI file that this version reads",
     "corrupt_image": "the picture's data is damaged",
     "truncated_image": "the picture's data ends early",
     "image_too_large": "the picture has more pixels than the limit",
@@ -85,6 +85,7 @@ REASONS: Final[dict[str, str]] = {
     "unknown_class": "the folder name is not a known class",
     "label_conflict": "copies of the picture stand under different classes",
     "dropped": "a person decided in the docket to leave the scan out",
+    "one_of_many_frames": "the answer is for one slice of several; a person should see the others",
     "low_confidence": "the calibrated confidence is below the review threshold",
 }
 """Every reason code with its meaning in words; a closed list, so that users can rely on it."""

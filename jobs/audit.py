@@ -2,7 +2,7 @@
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
-from jobs.command import OutOption, OverwriteOption, SourceArgument, TaskOption
+from jobs.command import OutOption, OverwriteOption, SourceArgument, TaskOption, site_key
 
 
 def run(
@@ -26,10 +26,11 @@ def run(
     out = storage.absolute(out)
     if storage.exists(storage.join(out, "audit.json")) and not overwrite:
         raise UsageError(f"{out} holds an audit; choose another -o, or pass --overwrite")
-    listing = list_scans(source)
+    key = site_key()
+    listing = list_scans(source, key)
     refs = label_refs_if_known(listing.refs, task)
     with session():
-        catalog, pairs = survey(refs, FamilyStage())
+        catalog, pairs = survey(refs, FamilyStage(key))
     catalog = copies.add_families(catalog, pairs)
     conflicts = copies.find_conflicts(catalog, pairs)
     figures = audit.audit_figures(catalog, pairs, conflicts, listing.skipped)

@@ -104,6 +104,19 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
     return wrapped
 
 
+def site_key() -> bytes:
+    """Return the key for patients' hashes; say so if it is random, for this run only."""
+    from bt_core.scans.identity import hash_key
+
+    key, is_kept = hash_key()
+    if not is_kept:
+        logging.getLogger(__name__).info(
+            "patients are told apart by hashes with a random key of this run; set BT_HASH_KEY or "
+            "BT_HASH_KEY_FILE to keep the hashes equal between runs"
+        )
+    return key
+
+
 def _submit(address: str, name: str, arguments: dict[str, Any]) -> int:
     from cluster.submit import submit
 

@@ -6,7 +6,7 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
-from jobs.command import OutOption, OverwriteOption, SourceArgument, TaskOption
+from jobs.command import OutOption, OverwriteOption, SourceArgument, TaskOption, site_key
 from jobs.recipes_folder import RECIPES
 
 if TYPE_CHECKING:
@@ -67,13 +67,14 @@ def run(
     plan = SplitPlan(by=split, seed=seed)
     specs = [load_recipe(name, RECIPES).preprocess for name in recipe or ["mobilenetv2"]]
     out = storage.absolute(out)
-    listing = list_scans(source)
+    key = site_key()
+    listing = list_scans(source, key)
     refs, space = label_refs(listing.refs, task)
     decisions = copies.read_docket(resolve, space) if resolve else {}
     previous = splits_by_pixels(Dataset(keep_splits)) if keep_splits else None
     _clear(out, overwrite)
     with session():
-        catalog, pairs = survey(refs, FamilyStage())
+        catalog, pairs = survey(refs, FamilyStage(key))
         catalog = copies.resolve(copies.add_families(catalog, pairs), decisions)
         conflicts = copies.find_conflicts(catalog, pairs)
         catalog = assign_splits(copies.leave_out_conflicts(catalog, conflicts), plan, previous)

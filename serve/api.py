@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from bt_core import __version__, storage
 from bt_core.data.decode_stage import pixel_digest
 from bt_core.ensemble.ensemble import preprocess_digest
+from bt_core.ensemble.review import of_frame
 from bt_core.errors import ScanError
 from bt_core.inference.predictor import distinct_specs
 from bt_core.models.bundle import Bundle
@@ -34,7 +35,7 @@ _READY_TIMEOUT_SECONDS: Final = 5.0
 _BODY: Final[dict[str, Any]] = {
     "requestBody": {
         "required": True,
-        "description": "One scan (PNG, JPEG, BMP, TIFF, WebP or DICOM), at most 32 MiB.",
+        "description": "One scan (PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI), at most 32 MiB.",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -62,14 +63,15 @@ def _answers(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 def decode_upload(
     content: bytes, hint: str, specs: Sequence[PreprocessSpec]
-) -> tuple[list[np.ndarray], str]:
-    """Return an uploaded scan's pixels_SS uint8 for each spec, and its pixel digest.
+) -> tuple[list[np.ndarray], str, tuple[int, int]]:
+    """Return an uploaded scan's pixels_SS uint8 for each spec, pixel digest, and which frame it is.
 
     Raises:
         ScanError: with a reason code, if it is not a scan that can be used.
     """
-    image_HW = decode_scan(content, hint).image_HW
-    return [preprocess_pixels(image_HW, spec) for spec in specs], pixel_digest(image_HW)
+    scan = decode_scan(content, hint)
+    pixels = [preprocess_pixels(scan.image_HW, spec) for spec in specs]
+    return pixels, pixel_digest(scan.image_HW), (scan.frame_index, scan.num_frames)
 
 
 # Helpers stand above the class: Serve pickles it as it is decorated, with what is defined by then.
@@ -128,7 +130,7 @@ class Gateway:
         """Classify one scan, sent as the multipart field `files` or as the raw body."""
         content, hint = await _read_scan(request)
         try:
-            pixels, pixel_sha256 = await asyncio.to_thread(
+            pixels, pixel_sha256, frame = await asyncio.to_thread(
                 decode_upload, content, hint, self._specs
             )
         except ScanError as error:
@@ -144,7 +146,7 @@ class Gateway:
             "bundle_id": self._info.bundle_id,
             "preprocess_digest": self._preprocess_digest,
         }
-        return {"results": [{**fields, **answer}]}
+        return {"results": [{**fields, **of_frame(answer, *frame)}]}
 
     @api.get("/v1/model", response_model=ModelDescription, operation_id="model", tags=["v1"])
     async def model(self) -> Any:

@@ -18,6 +18,8 @@ class Prediction(BaseModel):
     confidence: float = Field(ge=0, le=1, description="Calibrated probability of the label.")
     probabilities: dict[str, float]
     entropy: float = Field(ge=0, description="Of the probabilities, in nats.")
+    frame_index: int = Field(description="The slice that was classified, from 0.")
+    num_frames: int = Field(description="Slices of the scan; one of several is always `deferred`.")
     prediction_set: list[str] = Field(
         description="Classes that hold the truth at the bundle's conformal level."
     )
@@ -72,6 +74,8 @@ EXAMPLE_PREDICTION: dict[str, Any] = {
                 "pituitary": 0.005,
             },
             "entropy": 0.16,
+            "frame_index": 0,
+            "num_frames": 1,
             "prediction_set": ["meningioma"],
             "members_used": ["mobilenetv2"],
             "seen_in_training": False,

@@ -4,7 +4,7 @@ A batch is a dict of columns, as Ray Data hands it over. S is a spec's output si
 size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,16 +28,19 @@ class DecodeStage:
 
     Added columns: content_sha256, pixel_sha256 (of the decoded grey image, before preprocessing),
     format, width, height, channels (of the file, alpha counted), num_bytes, bit_depth, steps (what
-    was done to decode it), patient (keyed hash, or empty), reason (empty when decoded), detail, and
-    `pixels_<i>` uint8 (S, S) for the i-th spec, all zero where `reason` is not empty. Other columns
-    pass through; a patient that is known already is kept.
+    was done to decode it), num_frames and frame_index (the slice that was taken), patient (keyed
+    hash, or empty), reason (empty when decoded), detail, and `pixels_<i>` uint8 (S, S) for the i-th
+    spec, all zero where `reason` is not empty. Other columns pass through; a patient that is known
+    already is kept.
     A scan is read from its source, unless the column `CONTENT` already holds it.
 
     Args:
         specs: preprocessing specs with distinct pixels; none makes a catalog.
+        hash_key: for patient identifiers; None leaves them out.
     """
 
     specs: tuple[PreprocessSpec, ...] = ()
+    hash_key: bytes | None = field(default=None, repr=False)
 
     def __call__(self, columns: Columns) -> Columns:
         """Process a batch; a scan that cannot be used gets a reason, never an exception."""
@@ -56,7 +59,7 @@ class DecodeStage:
             if isinstance(content, ScanError):
                 raise content
             result["content_sha256"] = storage.sha256(content)
-            scan = decode_scan(content, ref.member)
+            scan = decode_scan(content, ref.member, self.hash_key)
         except ScanError as error:
             return {**result, "reason": error.reason, "detail": error.detail}
         height, width = scan.image_HW.shape
@@ -69,6 +72,9 @@ class DecodeStage:
             "steps": "; ".join(scan.steps),
             "channels": 1 + 2 * ("colour to grey" in scan.steps) + ("alpha dropped" in scan.steps),
             "num_bytes": len(content),
+            "num_frames": scan.num_frames,
+            "frame_index": scan.frame_index,
+            "patient": result["patient"] or scan.patient,
         }
         for i, spec in enumerate(self.specs):
             result[f"pixels_{i}"] = preprocess_pixels(scan.image_HW, spec)
@@ -78,8 +84,8 @@ class DecodeStage:
         """Return the full row of a scan that gave nothing, with its reason."""
         blank: dict[str, Any] = {"content_sha256": "", "pixel_sha256": "", "format": ""}
         blank |= {"width": 0, "height": 0, "bit_depth": 0, "channels": 0, "num_bytes": 0}
-        blank |= {"steps": "", "patient": row.get("patient", "")}
-        blank |= {"reason": reason, "detail": detail}
+        blank |= {"num_frames": 0, "frame_index": 0, "steps": "", "reason": reason}
+        blank |= {"detail": detail, "patient": row.get("patient", "")}
         for i, spec in enumerate(self.specs):
             blank[f"pixels_{i}"] = np.zeros((spec.size_px, spec.size_px), np.uint8)
         return {**{k: v for k, v in row.items() if k != CONTENT}, **blank}
@@ -91,19 +97,26 @@ class FamilyStage:
 
     Adds to `DecodeStage`'s columns `thumbnail` uint8 (64, 64) and `descriptor` float32 (D,), both
     zero where `reason` is not empty.
+
+    Args:
+        hash_key: for patient identifiers; None leaves them out.
     """
 
-    decode: DecodeStage = DecodeStage((THUMBNAIL,))
+    hash_key: bytes | None = field(default=None, repr=False)
+
+    @property
+    def _decode(self) -> DecodeStage:
+        return DecodeStage((THUMBNAIL,), self.hash_key)
 
     def __call__(self, columns: Columns) -> Columns:
         """Process a batch; a scan that cannot be used gets a reason, never an exception."""
-        result = self.decode(columns)
+        result = self._decode(columns)
         thumbnails = result.pop("pixels_0")
         return {**result, "thumbnail": thumbnails, "descriptor": describe(thumbnails)}
 
     def set_aside(self, row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
         """Return the full row of a scan that gave nothing, with its reason."""
-        blank = self.decode.set_aside(row, reason, detail)
+        blank = self._decode.set_aside(row, reason, detail)
         blank["thumbnail"] = blank.pop("pixels_0")
         return {**blank, "descriptor": np.zeros(DESCRIPTOR_LENGTH, np.float32)}
 

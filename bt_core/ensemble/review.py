@@ -1,6 +1,7 @@
 """Which answers a person should see. Shape suffixes: N scans, K classes."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,14 @@ def prediction_sets(probs_NK: np.ndarray, min_prob: float) -> np.ndarray:
     sets_NK = probs_NK >= min_prob
     sets_NK[np.arange(len(probs_NK)), probs_NK.argmax(1)] = True
     return sets_NK
+
+
+def of_frame(answer: dict[str, Any], frame_index: int, num_frames: int) -> dict[str, Any]:
+    """Return an answer with the slice that it is for; a person should see one of several."""
+    answer = {**answer, "frame_index": frame_index, "num_frames": num_frames}
+    if num_frames > 1 and answer["status"] == "scored":
+        answer |= {"status": "deferred", "reason": "one_of_many_frames"}
+    return answer
 
 
 def _conformal_min_prob(probs_NK: np.ndarray, labels_N: np.ndarray, level: float) -> float:

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from bt_core.ensemble.ensemble import Ensemble, preprocess_digest
+from bt_core.ensemble.review import of_frame
 from bt_core.errors import status_of
 from bt_core.labels import LabelSpace
 from bt_core.models.bundle import Bundle
@@ -28,6 +29,8 @@ def score_schema(space: LabelSpace) -> pa.Schema:
             pa.field("confidence", pa.float64()),
             *(pa.field(f"prob_{name}", pa.float64()) for name in space.names),
             pa.field("entropy", pa.float64()),
+            pa.field("frame_index", pa.int64()),
+            pa.field("num_frames", pa.int64()),
             pa.field("prediction_set", pa.list_(pa.string())),
             pa.field("members_used", pa.list_(pa.string())),
             pa.field("seen_in_training", pa.bool_()),
@@ -80,5 +83,6 @@ class Scorer:
         if answer is None:
             reason = str(columns["reason"][i])
             return {**row, "status": status_of(reason), "reason": reason}
+        frame = int(columns["frame_index"][i]), int(columns["num_frames"][i])
         probs = {f"prob_{name}": p for name, p in answer["probabilities"].items()}
-        return {**row, **answer, **probs}
+        return {**row, **of_frame(answer, *frame), **probs}

@@ -1,29 +1,65 @@
 """DICOM objects become grey images. No header value ever leaves this module except technical ones.
 
 pydicom's warnings quote values verbatim (a name in a date field, for one), so they are swallowed
-here.
+here. What the stored values mean is in `dicom_render`.
 """
 
 import io
 import logging
 import threading
 import warnings
-from collections.abc import Callable
+import zlib
 from typing import Final
 
 import numpy as np
 import pydicom
+from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
-from pydicom.pixels import apply_modality_lut, get_decoder
-from pydicom.uid import UID, ImplicitVRLittleEndian
+from pydicom.filereader import _read_file_meta_info, read_dataset, read_preamble
+from pydicom.pixels import get_decoder
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000TransferSyntaxes,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSTransferSyntaxes,
+    RLELossless,
+    UID_dictionary,
+)
 
 from bt_core.errors import ScanError
-from bt_core.scans.intensity import to_uint8
+from bt_core.scans.codestream import (
+    decode_with_opencv,
+    jpeg_2000_header,
+    jpeg_ends_early,
+    jpeg_header,
+)
+from bt_core.scans.decoded import MAX_FRAME_BYTES, DecodedScan, check_bytes, check_size
+from bt_core.scans.dicom_render import render
+from bt_core.scans.identity import keyed_hash
+
+MAX_DICOM_BYTES: Final = 512 * 1024**2
+"""All frames of one object, decoded."""
+MAX_FRAMES: Final = 512
 
 _PREAMBLE: Final = 128
 _ONE_AT_A_TIME: Final = threading.Lock()
-_DEFLATED: Final = b"1.2.840.10008.1.2.1.99"
-_GREY: Final = ("MONOCHROME1", "MONOCHROME2")
+_J2K: Final = frozenset(JPEG2000TransferSyntaxes)
+_PLUGIN: Final = {
+    JPEGBaseline8Bit: "pillow",
+    JPEGLossless: "gdcm",
+    JPEGLosslessSV1: "gdcm",
+    RLELossless: "pylibjpeg",
+    **dict.fromkeys(JPEGLSTransferSyntaxes, "pyjpegls"),
+    **dict.fromkeys(_J2K, "pylibjpeg"),
+}
+"""One decoder for each compression: the same bytes give the same pixels, wherever they are read.
+JPEG Extended is not named: with 12 bits only the plugin of the extra `gpl` reads it."""
 
 
 def is_dicom(content: bytes, hint: str = "") -> bool:
@@ -34,44 +70,54 @@ def is_dicom(content: bytes, hint: str = "") -> bool:
     return named and content[:2] in (b"\2\0", b"\x08\0")  # group 0002 or 0008 comes first
 
 
-def decode(
-    content: bytes, check_size: Callable[[int, int], None]
-) -> tuple[np.ndarray, int, tuple[str, ...]]:
-    """Decode a single-frame greyscale DICOM object.
-
-    Modality LUT or rescale, then the VOI LUT or the first window (percentiles without one), then
-    MONOCHROME1 is inverted: PS3.3 C.7.6.3, C.11.1, C.11.2.
+def decode(content: bytes, hash_key: bytes | None = None) -> DecodedScan:
+    """Decode a DICOM object: of several frames the middle one, in the order they are stored.
 
     Args:
         content: the whole file.
-        check_size: called with (columns, rows) before any pixel is decoded; raises to refuse.
-
-    Returns:
-        image_HW uint8, bits stored per sample, and the steps that were applied.
+        hash_key: key of the patient's hash; None leaves it empty.
 
     Raises:
-        ScanError: with a reason code and no header value but sizes and the transfer syntax.
+        ScanError: with a reason code and no header value but sizes and registered names.
     """
     # pydicom sends the same texts to its logger, whatever becomes of the warnings.
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
     with _ONE_AT_A_TIME, warnings.catch_warnings():  # the filters belong to the process
         warnings.simplefilter("ignore")
-        dataset = _read(content)
-        _check_header(dataset, check_size)
-        _check_decoder(UID(dataset.file_meta.TransferSyntaxUID))
-        try:
-            stored = dataset.pixel_array
-        except (NotImplementedError, RuntimeError, AttributeError) as error:
-            raise ScanError("corrupt_image", type(error).__name__) from None
-        except (ValueError, EOFError) as error:
-            raise ScanError("truncated_image", type(error).__name__) from None
-        return _render(dataset, stored)
+        dataset = read(content)
+        num_frames = _check_header(dataset)
+        index = num_frames // 2
+        stored, photometric = decode_frame(dataset, index, num_frames)
+        image_HW, steps = render(dataset, index, stored, photometric)
+        patient = str(dataset.get("PatientID") or "").strip()
+        if num_frames > 1:
+            steps.insert(0, f"frame {index + 1} of {num_frames}")
+        return DecodedScan(
+            image_HW,
+            "DICOM",
+            int(dataset.get("BitsStored", stored.dtype.itemsize * 8)),
+            tuple(steps),
+            num_frames,
+            index,
+            keyed_hash(patient, hash_key) if patient and hash_key else "",
+        )
 
 
-def _read(content: bytes) -> pydicom.Dataset:
-    if _DEFLATED in content[:4096]:  # pydicom would inflate it without a limit
-        raise ScanError("transfer_syntax_unsupported", "Deflated Explicit VR Little Endian")
+def read(content: bytes) -> pydicom.Dataset:
+    """Return the data set of a file, compressed pixels untouched.
+
+    Raises:
+        ScanError: if it is not DICOM, or does not say how it is encoded.
+    """
+    stream = io.BytesIO(content)
     try:
+        read_preamble(stream, force=True)
+        meta = _read_file_meta_info(stream)
+        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            dataset = read_dataset(_inflated(content[stream.tell() :]), False, True)
+            dataset.file_meta = meta
+            meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            return dataset
         dataset = pydicom.dcmread(io.BytesIO(content), force=True)
     except InvalidDicomError:
         raise ScanError("unsupported_type", "no DICOM header") from None
@@ -83,82 +129,110 @@ def _read(content: bytes) -> pydicom.Dataset:
     return dataset
 
 
-def _check_decoder(syntax: UID) -> None:
-    """Tell a missing decoder from damaged data before either is tried."""
-    try:
-        available = get_decoder(syntax).is_available
-    except NotImplementedError:
-        available = False
-    if not available:
-        raise ScanError("transfer_syntax_unsupported", syntax.name)
+def _inflated(packed: bytes) -> io.BytesIO:
+    """Inflate with a limit, which pydicom has not."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    data = inflater.decompress(packed, MAX_DICOM_BYTES)
+    if inflater.unconsumed_tail:
+        raise ScanError("image_too_large", f"inflates to over {MAX_DICOM_BYTES} bytes")
+    if not inflater.eof:
+        raise ScanError("truncated_image", "deflated data set")
+    return io.BytesIO(data)
 
 
-def _check_header(dataset: pydicom.Dataset, check_size: Callable[[int, int], None]) -> None:
+def _check_header(dataset: pydicom.Dataset) -> int:
+    """Return the number of frames of an object that may be decoded."""
+    uid = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
+    kind = UID_dictionary.get(str(uid), ("",))[0]
+    if kind and "Image" not in kind:  # reports, plans, doses, segmentations, directories
+        raise ScanError("not_an_image_object", kind)
     if "PixelData" not in dataset:
         if len(dataset) == 0:  # what pydicom gives for compressed pixels that end early
             raise ScanError("truncated_image", "no data set")
         raise ScanError("no_pixel_data")
-    frames = int(dataset.get("NumberOfFrames", 1) or 1)
-    if frames != 1:
-        raise ScanError("multi_frame", f"{frames} frames")
-    check_size(int(dataset.Columns), int(dataset.Rows))
-    if (
-        dataset.get("PhotometricInterpretation") not in _GREY
-        and dataset.get("SamplesPerPixel") == 1
-    ):
-        raise ScanError("unsupported_type", "not a greyscale DICOM object")
+    num_frames = int(dataset.get("NumberOfFrames", 1) or 1)
+    if num_frames < 1:
+        raise ScanError("corrupt_image", "number of frames is not positive")
+    if num_frames > MAX_FRAMES:
+        raise ScanError("too_many_frames", f"{num_frames} frames, limit {MAX_FRAMES}")
+    columns, rows = int(dataset.Columns), int(dataset.Rows)
+    check_size(columns, rows)
+    bits = int(dataset.BitsAllocated) * int(dataset.SamplesPerPixel)
+    frame_bytes = rows * columns * bits // 8
+    check_bytes(frame_bytes, MAX_FRAME_BYTES, "one frame")
+    check_bytes(frame_bytes * num_frames, MAX_DICOM_BYTES, f"{num_frames} frames")
+    return num_frames
 
 
-def _render(
-    dataset: pydicom.Dataset, stored: np.ndarray
-) -> tuple[np.ndarray, int, tuple[str, ...]]:
-    bit_depth = int(dataset.get("BitsStored", stored.dtype.itemsize * 8))
-    if stored.ndim == 3:  # a colour secondary capture
-        grey = stored[..., :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-        grey *= 255.0 / (2**bit_depth - 1)
-        return np.clip(np.rint(grey), 0, 255).astype(np.uint8), bit_depth, ("colour to grey",)
-    steps: list[str] = []
-    values = apply_modality_lut(stored, dataset)
-    if dataset.get("ModalityLUTSequence") or None not in (
-        dataset.get("RescaleSlope"),
-        dataset.get("RescaleIntercept"),
-    ):
-        steps.append("modality LUT")
-    if dataset.get("VOILUTSequence"):
-        image_HW = _look_up(values, dataset.VOILUTSequence[0])
-        steps.append("VOI LUT or window")
-    elif None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
-        image_HW = _window(values, dataset)
-        steps.append("VOI LUT or window")
+def decode_frame(dataset: pydicom.Dataset, index: int, num_frames: int) -> tuple[np.ndarray, str]:
+    """Decode one frame.
+
+    Returns:
+        Stored values (H, W) or (H, W, 3) in native byte order, and the photometric interpretation
+        that they have now: YBR has become RGB.
+
+    Raises:
+        ScanError: `transfer_syntax_unsupported`, `truncated_image` or `corrupt_image`.
+    """
+    syntax = UID(dataset.file_meta.TransferSyntaxUID)
+    plugin = _plugin_for(syntax)
+    try:
+        if syntax.is_encapsulated:
+            _check_codestream(dataset, syntax, index, num_frames)
+        stored, properties = get_decoder(syntax).as_array(
+            dataset, index=index, decoding_plugin=plugin
+        )
+    except (NotImplementedError, RuntimeError, AttributeError) as error:
+        raise ScanError("corrupt_image", type(error).__name__) from None
+    except (ValueError, EOFError) as error:
+        raise ScanError("truncated_image", type(error).__name__) from None
+    native = stored.astype(stored.dtype.newbyteorder("="), copy=False)
+    return native, str(properties["photometric_interpretation"])
+
+
+def _plugin_for(syntax: UID) -> str:
+    """Return the decoder to use; tells a missing one from damaged data before either is tried."""
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        available = False
     else:
-        image_HW = to_uint8(values)
-        steps.append("percentile scaling to 8 bit")
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        image_HW = 255 - image_HW
-        steps.append("MONOCHROME1 inverted")
-    return image_HW, bit_depth, tuple(steps)
+        plugin = _PLUGIN.get(syntax, "")
+        available = plugin in decoder.available_plugins if plugin else decoder.is_available
+    if not available:
+        known = syntax in UID_dictionary  # a name that is not registered may be anything
+        raise ScanError("transfer_syntax_unsupported", syntax.name if known else "unknown UID")
+    return plugin
 
 
-def _look_up(values: np.ndarray, item: pydicom.Dataset) -> np.ndarray:
-    """Apply a VOI LUT; pydicom 3.0 wraps the indices of tables with 8-bit entries."""
-    entries, first, bits = item.LUTDescriptor
-    data = item.LUTData
-    table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.asarray(data)
-    index = np.clip(np.rint(values) - first, 0, min(entries or 2**16, len(table)) - 1)
-    return to_uint8(table[index.astype(int)], 0.0, float(2**bits - 1))
-
-
-def _window(values: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
-    """Apply the first window: PS3.3 C.11.2.1.2 and C.11.2.1.3."""
-    center, width = (
-        float(np.ravel(dataset[name].value)[0]) for name in ("WindowCenter", "WindowWidth")
+def _check_codestream(dataset: pydicom.Dataset, syntax: UID, index: int, num_frames: int) -> None:
+    """Hold a compressed frame's own sizes against the object's before a native decoder sees it."""
+    offsets = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
+    frame = get_frame(
+        dataset.PixelData,
+        index,
+        number_of_frames=num_frames,
+        extended_offsets=offsets if None not in offsets else None,
     )
-    function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
-    if width < (1 if function == "LINEAR" else 1e-9):
-        raise ScanError("corrupt_image", "window without a width")
-    values = values.astype(np.float64)
-    if function == "SIGMOID":
-        return to_uint8(1 / (1 + np.exp(-4 * (values - center) / width)), 0.0, 1.0)
-    if function == "LINEAR":
-        center, width = center - 0.5, max(width - 1, 1e-9)
-    return to_uint8(values, center - width / 2, center + width / 2)
+    rows, columns, samples = (
+        int(dataset[name].value) for name in ("Rows", "Columns", "SamplesPerPixel")
+    )
+    if syntax == RLELossless:
+        segments = samples * (int(dataset.BitsAllocated) // 8)
+        if int.from_bytes(frame[:4], "little") != segments:
+            raise ScanError("corrupt_image", "RLE segments do not fit the samples")
+        return
+    header = jpeg_2000_header(frame) if syntax in _J2K else jpeg_header(frame)
+    if (header.height, header.width, header.components) != (rows, columns, samples):
+        raise ScanError(
+            "corrupt_image",
+            f"codestream of {header.width}x{header.height}x{header.components}, "
+            f"header says {columns}x{rows}x{samples}",
+        )
+    if b"\xff\xd9" not in frame[-64:]:  # the end marker, padded
+        raise ScanError("truncated_image", "no end of the codestream")
+    only_gpl = syntax == JPEGExtended12Bit and header.precision != 8
+    if only_gpl and "pylibjpeg" not in get_decoder(syntax).available_plugins:
+        raise ScanError("transfer_syntax_unsupported", f"{syntax.name}, {header.precision} bits")
+    if syntax == JPEGBaseline8Bit and jpeg_ends_early(frame, decode_with_opencv(frame)):
+        raise ScanError("truncated_image", "JPEG data ends before its end marker")

@@ -41,7 +41,7 @@ def hash_key() -> tuple[bytes, bool]:
 
 def keyed_hash(value: str, key: bytes) -> str:
     """Return the first 32 hexadecimal digits of the HMAC-SHA256 (RFC 2104) of a text."""
-    return hmac.new(key, value.encode(), hashlib.sha256).hexdigest()[:32]
+    return hmac.new(key, value.encode("utf-8", "backslashreplace"), hashlib.sha256).hexdigest()[:32]
 
 
 def _checked(key: bytes, where: str) -> bytes:

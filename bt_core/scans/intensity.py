@@ -1,6 +1,11 @@
-"""Intensity scaling that pictures and DICOM share."""
+"""Intensity scaling that all formats share."""
+
+from typing import Final
 
 import numpy as np
+
+GREY_WEIGHTS: Final = (0.299, 0.587, 0.114)
+"""Of red, green and blue: ITU-R BT.601."""
 
 
 def to_uint8(
@@ -9,24 +14,51 @@ def to_uint8(
     """Scale an image linearly to 0..255, clipped.
 
     Args:
-        image_HW: any real dtype; non-finite values count as `low`.
+        image_HW: any real dtype; values that are not finite as float32 count as `low`.
         low: value that becomes 0; None takes the 0.5 percentile.
         high: value that becomes 255; None takes the 99.5 percentile.
 
     Returns:
         uint8 image of the same shape; all zero if `low` and `high` are equal.
     """
-    values = np.asarray(image_HW, dtype=np.float32)
-    finite = np.isfinite(values)
-    if low is None or high is None:
-        sample = values[finite]
-        low, high = np.percentile(sample, (0.5, 99.5)) if sample.size else (0.0, 0.0)
-        if low == high and sample.size:  # a small bright structure on a flat ground
-            low, high = float(sample.min()), float(sample.max())
-    values = np.where(finite, values, np.float32(low))
-    span = max(float(high) - float(low), 0.0)
-    if span == 0.0:
-        return np.zeros(values.shape, np.uint8)
-    scaled = (values - np.float32(low)) * np.float32(255.0 / span)
-    image: np.ndarray = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-    return image
+    with np.errstate(all="ignore"):
+        values = np.array(image_HW, dtype=np.float32)  # a copy: the rest works in place
+        finite = np.isfinite(values)
+        if low is None or high is None:
+            sample = values[finite]
+            low, high = (
+                np.percentile(sample, (0.5, 99.5), overwrite_input=True)
+                if sample.size
+                else (0.0, 0.0)
+            )
+            if low == high and sample.size:  # a small bright structure on a flat ground
+                low, high = float(sample.min()), float(sample.max())
+        span = max(float(high) - float(low), 0.0)
+        scale = np.float32(255.0 / span) if span else np.float32(np.inf)
+        if not np.isfinite(scale):
+            return np.zeros(values.shape, np.uint8)
+        np.copyto(values, np.float32(low), where=~finite)
+        values -= np.float32(low)
+        values *= scale
+        np.clip(np.rint(values, out=values), 0, 255, out=values)
+        return values.astype(np.uint8)
+
+
+def scale_by_percentiles(image_HW: np.ndarray, steps: list[str]) -> np.ndarray:
+    """Scale by `to_uint8`, and say so in `steps`, with the number of values that are not finite."""
+    if image_HW.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            num_bad = image_HW.size - np.count_nonzero(np.isfinite(image_HW.astype(np.float32)))
+        if num_bad:
+            steps.append(f"{num_bad} values that are not finite left out")
+    steps.append("percentile scaling to 8 bit")
+    return to_uint8(image_HW)
+
+
+def colour_to_uint8(image_HWC: np.ndarray, full: float) -> np.ndarray:
+    """Return the grey of red, green and blue, where `full` is the brightest value of a channel."""
+    red, green, blue = (np.float32(weight) for weight in GREY_WEIGHTS)
+    grey = image_HWC[..., 0] * red
+    grey += image_HWC[..., 1] * green
+    grey += image_HWC[..., 2] * blue
+    return to_uint8(grey, 0.0, full)
