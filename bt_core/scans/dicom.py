@@ -186,6 +186,10 @@ def decode_frame(dataset: pydicom.Dataset, index: int, num_frames: int) -> tuple
         raise ScanError("corrupt_image", type(error).__name__) from None
     except (ValueError, EOFError) as error:
         raise ScanError("truncated_image", type(error).__name__) from None
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":  # a panic in Rust, which is no Exception
+            raise
+        raise ScanError("corrupt_image", "decoder panicked") from None
     native = stored.astype(stored.dtype.newbyteorder("="), copy=False)
     return native, str(properties["photometric_interpretation"])
 
@@ -218,9 +222,7 @@ def _check_codestream(dataset: pydicom.Dataset, syntax: UID, index: int, num_fra
         int(dataset[name].value) for name in ("Rows", "Columns", "SamplesPerPixel")
     )
     if syntax == RLELossless:
-        segments = samples * (int(dataset.BitsAllocated) // 8)
-        if int.from_bytes(frame[:4], "little") != segments:
-            raise ScanError("corrupt_image", "RLE segments do not fit the samples")
+        _check_rle(frame, samples * (int(dataset.BitsAllocated) // 8))
         return
     header = jpeg_2000_header(frame) if syntax in _J2K else jpeg_header(frame)
     if (header.height, header.width, header.components) != (rows, columns, samples):
@@ -236,3 +238,12 @@ def _check_codestream(dataset: pydicom.Dataset, syntax: UID, index: int, num_fra
         raise ScanError("transfer_syntax_unsupported", f"{syntax.name}, {header.precision} bits")
     if syntax == JPEGBaseline8Bit and jpeg_ends_early(frame, decode_with_opencv(frame)):
         raise ScanError("truncated_image", "JPEG data ends before its end marker")
+
+
+def _check_rle(frame: bytes, num_segments: int) -> None:
+    """Refuse segments that are too many or do not lie one behind the other: PS3.5 G.5."""
+    header = np.frombuffer(frame[:64].ljust(64, b"\0"), "<u4").astype(np.int64)
+    offsets = [*header[1 : num_segments + 1], len(frame)]
+    in_order = offsets[0] == 64 and bool((np.diff(offsets) > 0).all())
+    if header[0] != num_segments or not in_order:
+        raise ScanError("corrupt_image", "RLE segments do not fit the samples")

@@ -105,6 +105,8 @@ def _open(content: bytes) -> _Header:
         tags = header.getexif()
     if header.format == "TIFF":
         _check_tiff_bytes(header.size, tags)
+    if header.format == "PNG":
+        _check_png_chunks(content)
     return _Header(
         "JPEG" if header.format == "MPO" else str(header.format),
         *header.size,
@@ -114,6 +116,16 @@ def _open(content: bytes) -> _Header:
         header.format == "TIFF" and tags.get(_TIFF_PHOTOMETRIC) == 0,
         header,
     )
+
+
+def _check_png_chunks(content: bytes) -> None:
+    """Refuse a chunk longer than the file: OpenCV would allocate what it claims, up to 4 GB."""
+    position, kind = 8, b""
+    while position < len(content) and kind != b"IEND":
+        kind = content[position + 4 : position + 8]
+        position += int.from_bytes(content[position : position + 4], "big") + 12
+        if position > len(content):
+            raise ScanError("truncated_image", "a chunk ends behind the file")
 
 
 def _check_tiff_bytes(size: tuple[int, int], tags: Image.Exif) -> None:

@@ -1,5 +1,6 @@
 """DICOM objects become grey pictures as PS3.3 says."""
 
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -334,6 +335,13 @@ def rle_object() -> bytes:
     return recompressed(RLELossless)
 
 
+def rle_of(segment: bytes, segments: int = 2, offset: int = 64) -> bytes:
+    """Return a 16-bit object of twice the same segment."""
+    header = struct.pack("<3I", segments, offset, 64 + len(segment)).ljust(64, b"\0")
+    frame = header + segment + segment
+    return compressed_object(RLELossless, frame, BitsAllocated=16, BitsStored=12, HighBit=11)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -342,10 +350,10 @@ def rle_object() -> bytes:
             lambda: compressed_object(JPEGBaseline8Bit, encode(STORED8, "JPEG")[:400]),
             id="JPEG cut",
         ),
-        pytest.param(
-            lambda: compressed_object(RLELossless, (2).to_bytes(4, "little") + bytes(80)),
-            id="RLE of too many segments",
-        ),
+        pytest.param(lambda: rle_of(b"\x81\x05", segments=3), id="RLE of too many segments"),
+        pytest.param(lambda: rle_of(b"\x81\x05", offset=4000), id="RLE segment behind its end"),
+        # The decoder is in Rust and panics, which is no Exception in Python.
+        pytest.param(lambda: rle_of(b"\x81\x05" * 17 + b"\xbf\x05"), id="RLE of too many pixels"),
     ],
 )
 def test_damage_to_a_supported_compression_is_damage(content: Callable[[], bytes]) -> None:

@@ -472,6 +472,12 @@ def tiff_with(tag: int, value: int) -> bytes:
     return content[:start] + struct.pack("<I", value) + content[start + 4 :]
 
 
+def png_with_a_huge_chunk() -> bytes:
+    """Return a PNG with a chunk that claims 3 GB, which OpenCV would allocate."""
+    start = PNG.index(b"IDAT") - 4
+    return PNG[:start] + struct.pack(">I", 3 * 10**9) + PNG[start + 4 :]
+
+
 def webp_claiming(width: int, height: int) -> bytes:
     canvas = b"".join((side - 1).to_bytes(3, "little") for side in (width, height))
     body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas
@@ -543,6 +549,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         "corrupt_image",
     ),
     "png without data": (lambda: png_claiming(64, 64), "truncated_image"),
+    "png with a chunk of 3 GB": (png_with_a_huge_chunk, "truncated_image"),
     "png of 20,000 x 20,000": (lambda: png_claiming(20_000, 20_000), "image_too_large"),
     "png of 2 rows too long": (lambda: png_claiming(32, 16_385), "image_too_large"),
     "png of no width": (lambda: png_claiming(0, 64), "corrupt_image"),
