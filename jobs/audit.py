@@ -18,7 +18,7 @@ def run(
     """
     from bt_core.data import audit, copies
     from bt_core.data.catalog import label_refs_if_known
-    from bt_core.data.decode_stage import FamilyStage
+    from bt_core.data.families import FamilyStage
     from bt_core.data.pipeline import survey
     from bt_core.scans.archives import list_scans
     from cluster.session import session

@@ -28,10 +28,10 @@ def run(
     """
     from bt_core.data.catalog import label_refs_if_known
     from bt_core.data.copies import families_by_scan
-    from bt_core.data.decode_stage import FamilyStage
     from bt_core.data.explore import choose, describe_source, name_unlabelled, read_rows
     from bt_core.data.explore_page import earlier_files, figures, write_exploration
     from bt_core.data.explore_stage import SIDE_PX, ExploreStage
+    from bt_core.data.families import FamilyStage
     from bt_core.data.pipeline import decode_catalog, survey
     from bt_core.data.probe import probe_shortcuts
     from bt_core.scans.archives import list_scans

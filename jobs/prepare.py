@@ -54,7 +54,7 @@ def run(
     """
     from bt_core.data import copies
     from bt_core.data.catalog import Dataset, describe, label_refs, splits_by_pixels
-    from bt_core.data.decode_stage import FamilyStage
+    from bt_core.data.families import FamilyStage
     from bt_core.data.pipeline import survey
     from bt_core.data.splits import SplitPlan, assign_splits
     from bt_core.data.views import ensure_view

@@ -4,13 +4,13 @@ A batch is a dict of columns, as Ray Data hands it over. S is a spec's output si
 size.
 """
 
+import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from bt_core import storage
-from bt_core.data.families import DESCRIPTOR_LENGTH, THUMBNAIL, describe
 from bt_core.errors import ScanError
 from bt_core.scans.archives import ScanRef, read_member
 from bt_core.scans.formats import decode_scan
@@ -91,39 +91,26 @@ class DecodeStage:
         return {**{k: v for k, v in row.items() if k != CONTENT}, **blank}
 
 
-@dataclass(frozen=True)
-class FamilyStage:
-    """Turns rows of `REF_COLUMNS` into catalog rows with what the search for copies needs.
-
-    Adds to `DecodeStage`'s columns `thumbnail` uint8 (64, 64) and `descriptor` float32 (D,), both
-    zero where `reason` is not empty.
-
-    Args:
-        hash_key: for patient identifiers; None leaves them out.
-    """
-
-    hash_key: bytes | None = field(default=None, repr=False)
-
-    @property
-    def _decode(self) -> DecodeStage:
-        return DecodeStage((THUMBNAIL,), self.hash_key)
+class RowStage(Protocol):
+    """Work on a batch of columns that can also give the row of a scan it could not do."""
 
     def __call__(self, columns: Columns) -> Columns:
-        """Process a batch; a scan that cannot be used gets a reason, never an exception."""
-        result = self._decode(columns)
-        thumbnails = result.pop("pixels_0")
-        return {**result, "thumbnail": thumbnails, "descriptor": describe(thumbnails)}
+        """Return one row for each row."""
 
     def set_aside(self, row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
-        """Return the full row of a scan that gave nothing, with its reason."""
-        blank = self._decode.set_aside(row, reason, detail)
-        blank["thumbnail"] = blank.pop("pixels_0")
-        return {**blank, "descriptor": np.zeros(DESCRIPTOR_LENGTH, np.float32)}
+        """Return the row of a scan that ended its worker."""
+
+
+def run_stage(stage: RowStage, columns: Columns) -> Columns:
+    """Run a stage on a batch: what decoding tasks call; here, so that they import no Ray Data."""
+    return stage(columns)
 
 
 def pixel_digest(image_HW: np.ndarray) -> str:
     """Return the SHA-256 of a decoded image's shape and pixels: equal for exact copies."""
-    return storage.sha256(f"{image_HW.shape}".encode() + np.ascontiguousarray(image_HW).tobytes())
+    digest = hashlib.sha256(f"{image_HW.shape}".encode())
+    digest.update(np.ascontiguousarray(image_HW).data)
+    return digest.hexdigest()
 
 
 def column_of(values: list[Any]) -> np.ndarray:

@@ -14,8 +14,8 @@ Array names: N scans, P pairs, F = 64, D descriptor length.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 import scipy.fft
@@ -23,6 +23,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
+from bt_core.data.decode_stage import Columns, DecodeStage
 from bt_core.scans.preprocess import PreprocessSpec
 
 THUMBNAIL: Final = PreprocessSpec(size_px=64)
@@ -120,6 +121,36 @@ def describe(pixels_NFF: np.ndarray) -> np.ndarray:
         band = c[:, (higher >= low) & (higher < high)]
         columns.append(np.sqrt(np.einsum("nk,nk->n", band, band)))
     return np.stack(columns, axis=1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class FamilyStage:
+    """Turns rows of `REF_COLUMNS` into catalog rows with what the search for copies needs.
+
+    Adds to `DecodeStage`'s columns `thumbnail` uint8 (64, 64) and `descriptor` float32 (D,), both
+    zero where `reason` is not empty.
+
+    Args:
+        hash_key: for patient identifiers; None leaves them out.
+    """
+
+    hash_key: bytes | None = field(default=None, repr=False)
+
+    @property
+    def _decode(self) -> DecodeStage:
+        return DecodeStage((THUMBNAIL,), self.hash_key)
+
+    def __call__(self, columns: Columns) -> Columns:
+        """Process a batch; a scan that cannot be used gets a reason, never an exception."""
+        result = self._decode(columns)
+        thumbnails = result.pop("pixels_0")
+        return {**result, "thumbnail": thumbnails, "descriptor": describe(thumbnails)}
+
+    def set_aside(self, row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
+        """Return the full row of a scan that gave nothing, with its reason."""
+        blank = self._decode.set_aside(row, reason, detail)
+        blank["thumbnail"] = blank.pop("pixels_0")
+        return {**blank, "descriptor": np.zeros(DESCRIPTOR_LENGTH, np.float32)}
 
 
 class CopyIndex:

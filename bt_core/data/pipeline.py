@@ -10,12 +10,13 @@ access, are read by one task per archive, which hands them to the decoding tasks
 """
 
 import logging
+import math
 import sys
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +26,8 @@ import ray.data
 import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
 
-from bt_core.data.decode_stage import Columns, DecodeStage, FamilyStage, column_of
-from bt_core.data.families import CopyIndex, Pairs, exact_pairs
+from bt_core.data.decode_stage import Columns, DecodeStage, RowStage, column_of, run_stage
+from bt_core.data.families import CopyIndex, FamilyStage, Pairs, exact_pairs
 from bt_core.data.stream import split_streamed, stream_batches
 from bt_core.scans.preprocess import PreprocessSpec
 
@@ -37,19 +38,14 @@ _DECODE_BATCH: Final = 64
 _SEARCH_ROWS: Final = 2048
 _SCANS_WORTH_AN_ACTOR: Final = 256
 _STARVED_AFTER_SECONDS: Final = 300
-_STREAM_WINDOW: Final = 32
-"""Batches of one archive that are decoded at once at most: about 1 GiB in the object store."""
+_BLOCK_ROWS: Final = 1024
+"""Scans that a task of Ray Data oversees; it hands them, `_DECODE_BATCH` at a time, to others."""
+_BATCHES_EACH: Final = 8
+"""Batches of one block that are decoded at once: at 32 MiB each, 256 MiB in the object store."""
 _CRASHES: Final = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 
 
-class RowStage(Protocol):
-    """Work on a batch of columns that can also give the row of a scan it could not do."""
-
-    def __call__(self, columns: Columns) -> Columns:
-        """Return one row for each row."""
-
-    def set_aside(self, row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
-        """Return the row of a scan that ended its worker."""
+_run_stage: Final = ray.remote(max_retries=0)(run_stage)
 
 
 def configure() -> None:
@@ -75,12 +71,16 @@ def decode(refs: pa.Table, stage: RowStage) -> ray.data.Dataset:
     """
     configure()
     streamed, direct = split_streamed(refs)
-    blocks = [direct.slice(i, _DECODE_BATCH) for i in range(0, direct.num_rows, _DECODE_BATCH)]
+    blocks = [direct.slice(i, _BLOCK_ROWS) for i in range(0, direct.num_rows, _BLOCK_ROWS)]
     parts = [(blocks, _guarded), (streamed, _guarded_stream)] if streamed else [(blocks, _guarded)]
     with bounded_retries():
         first, *others = [
             ray.data.from_arrow(tables).map_batches(
-                work, fn_kwargs={"stage": stage}, batch_size=None, max_retries=MAX_RETRIES
+                work,
+                fn_kwargs={"stage": stage},
+                batch_size=None,
+                compute=ray.data.TaskPoolStrategy(size=_num_overseers()),
+                max_retries=MAX_RETRIES,
             )
             for tables, work in parts
             if tables or not streamed
@@ -223,20 +223,33 @@ def _search(blocks: Columns, index: list[ray.ObjectRef]) -> Columns:
     return vars(Pairs.concatenate(parts))
 
 
-def _guarded(columns: Columns, stage: RowStage) -> Columns:
-    return _outcome(_run_stage.remote(stage, columns), columns, stage)
+def _guarded(columns: Columns, stage: RowStage) -> Iterator[Columns]:
+    """Decode the scans of a block in tasks of a few, several at once."""
+    starts = range(0, len(columns["scan_id"]), _DECODE_BATCH)
+    batches = ({k: v[i : i + _DECODE_BATCH] for k, v in columns.items()} for i in starts)
+    return _in_tasks(batches, stage)
 
 
 def _guarded_stream(columns: Columns, stage: RowStage) -> Iterator[Columns]:
     """Read archives in order, decode their scans in parallel, and never run far ahead of that."""
-    window = min(_STREAM_WINDOW, 1 + int(ray.cluster_resources().get("CPU", 1)))
+    return _in_tasks(stream_batches(columns), stage)
+
+
+def _in_tasks(batches: Iterable[Columns], stage: RowStage) -> Iterator[Columns]:
+    window = _BATCHES_EACH + 1
     pending: deque[tuple[Any, Columns]] = deque()
-    for batch in stream_batches(columns):
+    for batch in batches:
         pending.append((_run_stage.remote(stage, batch), batch))
         if len(pending) >= window:
             yield _outcome(*pending.popleft(), stage)
     while pending:
         yield _outcome(*pending.popleft(), stage)
+
+
+def _num_overseers() -> int:
+    """Return how many tasks oversee the decoding; each is a process more than there are CPUs."""
+    num_cpus = float(ray.cluster_resources().get("CPU", 1))
+    return math.ceil(num_cpus / _BATCHES_EACH)
 
 
 def _outcome(task: Any, columns: Columns, stage: RowStage) -> Columns:
@@ -260,11 +273,6 @@ def _one_by_one(rows: list[dict[str, Any]], stage: RowStage) -> Columns:
             blank = stage.set_aside(row, "decoder_crashed", f"{TRIES_PER_SCAN} tries")
             parts.append({k: np.array([v]) for k, v in blank.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-@ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
-def _run_stage(stage: RowStage, columns: Columns) -> Columns:
-    return stage(columns)
 
 
 def _get(ref: Any) -> Columns:

@@ -27,11 +27,16 @@ _TIFF_MAGIC: Final = (b"II*\0", b"MM\0*")
 _JPEG_MAGIC: Final = b"\xff\xd8\xff"
 _PLAIN_JPEG: Final = frozenset({0xC0, 0xC1, 0xC4, 0xDB, 0xDD, 0xE0, 0xEE, 0xFE})
 """Markers of a sequential JPEG without EXIF or a second picture."""
+_PNG_MAGIC: Final = b"\x89PNG\r\n\x1a\n"
+_PLAIN_PNG: Final = frozenset(
+    b"IHDR PLTE IDAT IEND tRNS bKGD gAMA cHRM sRGB sBIT pHYs tIME tEXt zTXt iTXt".split()
+)
+"""Chunks of a PNG without EXIF or animation."""
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What a picture's header says. `pillow` is the opened picture, None for a plain JPEG."""
+    """What a picture's header says. `pillow` is the opened picture, None for a plain one."""
 
     format: str
     width: int
@@ -49,7 +54,7 @@ def decode(content: bytes) -> DecodedScan:
     Raises:
         ScanError: with a reason code.
     """
-    header = _open_plain_jpeg(content) or _open(content)
+    header = _open_plain_jpeg(content) or _open_plain_png(content) or _open(content)
     image = _read_pixels(content, header)
     if image is None:
         raise ScanError(_damage(content))
@@ -84,6 +89,28 @@ def _open_plain_jpeg(content: bytes) -> _Header | None:
     return _Header("JPEG", header.width, header.height, "")
 
 
+def _open_plain_png(content: bytes) -> _Header | None:
+    """Read the header of a PNG that has no more than its picture, as for JPEG.
+
+    Raises:
+        ScanError: also for a chunk longer than the file, whatever the PNG: OpenCV would allocate
+            what it claims, up to 4 GB.
+    """
+    if not content.startswith(_PNG_MAGIC) or content[12:16] != b"IHDR":
+        return None
+    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+    if width and height:
+        check_size(width, height)
+    kinds, kind, position = set(), b"", len(_PNG_MAGIC)
+    while position < len(content) and kind != b"IEND":
+        kind = content[position + 4 : position + 8]
+        kinds.add(kind)
+        position += int.from_bytes(content[position : position + 4], "big") + 12
+        if position > len(content):
+            raise ScanError("truncated_image", "a chunk ends behind the file")
+    return _Header("PNG", width, height, "") if kinds <= _PLAIN_PNG else None
+
+
 def _open(content: bytes) -> _Header:
     """Read the header by Pillow, and refuse by what it says."""
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":  # Pillow allocates as it opens one
@@ -105,8 +132,6 @@ def _open(content: bytes) -> _Header:
         tags = header.getexif()
     if header.format == "TIFF":
         _check_tiff_bytes(header.size, tags)
-    if header.format == "PNG":
-        _check_png_chunks(content)
     return _Header(
         "JPEG" if header.format == "MPO" else str(header.format),
         *header.size,
@@ -116,16 +141,6 @@ def _open(content: bytes) -> _Header:
         header.format == "TIFF" and tags.get(_TIFF_PHOTOMETRIC) == 0,
         header,
     )
-
-
-def _check_png_chunks(content: bytes) -> None:
-    """Refuse a chunk longer than the file: OpenCV would allocate what it claims, up to 4 GB."""
-    position, kind = 8, b""
-    while position < len(content) and kind != b"IEND":
-        kind = content[position + 4 : position + 8]
-        position += int.from_bytes(content[position : position + 4], "big") + 12
-        if position > len(content):
-            raise ScanError("truncated_image", "a chunk ends behind the file")
 
 
 def _check_tiff_bytes(size: tuple[int, int], tags: Image.Exif) -> None:

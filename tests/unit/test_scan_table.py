@@ -542,7 +542,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "progressive jpeg patched up at 95 %": (lambda: patched_up(True, 0.95), "truncated_image"),
     "jpeg of 12 bits": (lambda: jpeg_with_precision(12), "unsupported_type"),
     "jpeg start only": (lambda: b"\xff\xd8\xff\xd9", "corrupt_image"),
-    "png cut in its header": (lambda: PNG[:20], "corrupt_image"),
+    "png cut in its header": (lambda: PNG[:20], "truncated_image"),
     "png cut in its data": (lambda: NOISE_PNG[: len(NOISE_PNG) // 2], "truncated_image"),
     "png with a flipped byte": (
         lambda: off_by_one_byte(NOISE_PNG, len(NOISE_PNG) // 2),
