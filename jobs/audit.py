@@ -2,7 +2,7 @@
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
-from jobs.command import OutOption, OverwriteOption, SourceArgument, TaskOption, site_key
+from jobs.command import OutOption, OverwriteOption, SourceArgument, TaskOption, say_if_random
 
 
 def run(
@@ -21,12 +21,13 @@ def run(
     from bt_core.data.families import FamilyStage
     from bt_core.data.pipeline import survey
     from bt_core.scans.archives import list_scans
+    from bt_core.scans.identity import hash_key
     from cluster.session import session
 
     out = storage.absolute(out)
     if storage.exists(storage.join(out, "audit.json")) and not overwrite:
         raise UsageError(f"{out} holds an audit; choose another -o, or pass --overwrite")
-    key = site_key()
+    key, key_is_kept = hash_key()
     listing = list_scans(source, key)
     refs = label_refs_if_known(listing.refs, task)
     with session():
@@ -41,6 +42,7 @@ def run(
     storage.write_bytes(storage.join(out, "audit.html"), page)
     storage.write_json(storage.join(out, "audit.json"), figures)
     print(audit.audit_text(figures))
+    say_if_random(key_is_kept, catalog["patient"])
     print(f"audit in {storage.join(out, 'audit.html')}")
     return EXIT_OK if figures["num_readable"] == figures["num_scans"] else EXIT_INCOMPLETE
 

@@ -6,12 +6,15 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from bt_core import log, storage
 from bt_core.errors import EXIT_FAILED, BtError, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SourceArgument = Annotated[
     str,
@@ -104,17 +107,13 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
     return wrapped
 
 
-def site_key() -> bytes:
-    """Return the key for patients' hashes; say so if it is random, for this run only."""
-    from bt_core.scans.identity import hash_key
-
-    key, is_kept = hash_key()
-    if not is_kept:
-        logging.getLogger(__name__).info(
+def say_if_random(key_is_kept: bool, patients: "pa.ChunkedArray") -> None:
+    """Say that the patients' hashes, if there are any, hold for this run only."""
+    if not key_is_kept and any(patients.to_pylist()):
+        _say(
             "patients are told apart by hashes with a random key of this run; set BT_HASH_KEY or "
             "BT_HASH_KEY_FILE to keep the hashes equal between runs"
         )
-    return key
 
 
 def _submit(address: str, name: str, arguments: dict[str, Any]) -> int:

@@ -6,7 +6,7 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
-from jobs.command import OutOption, OverwriteOption, SourceArgument, TaskOption, site_key
+from jobs.command import OutOption, OverwriteOption, SourceArgument, TaskOption, say_if_random
 from jobs.recipes_folder import RECIPES
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def run(
     from bt_core.data.splits import SplitPlan, assign_splits
     from bt_core.data.views import ensure_view
     from bt_core.scans.archives import list_scans
+    from bt_core.scans.identity import hash_key
     from bt_core.training.recipe import load_recipe
     from cluster.session import session
 
@@ -67,7 +68,7 @@ def run(
     plan = SplitPlan(by=split, seed=seed)
     specs = [load_recipe(name, RECIPES).preprocess for name in recipe or ["mobilenetv2"]]
     out = storage.absolute(out)
-    key = site_key()
+    key, key_is_kept = hash_key()
     listing = list_scans(source, key)
     refs, space = label_refs(listing.refs, task)
     decisions = copies.read_docket(resolve, space) if resolve else {}
@@ -85,6 +86,7 @@ def run(
             ensure_view(Dataset(out, info), spec)
         storage.write_json(storage.join(out, "dataset.json"), info.model_dump(mode="json"))
     _print_summary(info)
+    say_if_random(key_is_kept, catalog["patient"])
     if conflicts:
         storage.write_bytes(storage.join(out, "docket.csv"), copies.docket_csv(catalog, conflicts))
         print(f"label conflicts in {out}/docket.csv; fill it in and pass it with --resolve")

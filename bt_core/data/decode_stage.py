@@ -5,6 +5,9 @@ size.
 """
 
 import hashlib
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +16,7 @@ import numpy as np
 from bt_core import storage
 from bt_core.errors import ScanError
 from bt_core.scans.archives import ScanRef, read_member
+from bt_core.scans.decoded import MAX_DECODE_BYTES
 from bt_core.scans.formats import decode_scan
 from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels
 
@@ -59,7 +63,8 @@ class DecodeStage:
             if isinstance(content, ScanError):
                 raise content
             result["content_sha256"] = storage.sha256(content)
-            scan = decode_scan(content, ref.member, self.hash_key)
+            with bounded_memory(MAX_DECODE_BYTES):
+                scan = decode_scan(content, ref.member, self.hash_key)
         except ScanError as error:
             return {**result, "reason": error.reason, "detail": error.detail}
         height, width = scan.image_HW.shape
@@ -89,6 +94,29 @@ class DecodeStage:
         for i, spec in enumerate(self.specs):
             blank[f"pixels_{i}"] = np.zeros((spec.size_px, spec.size_px), np.uint8)
         return {**{k: v for k, v in row.items() if k != CONTENT}, **blank}
+
+
+@contextmanager
+def bounded_memory(num_bytes: int) -> Iterator[None]:
+    """Let this process take at most so much more private memory (Linux; elsewhere no bound).
+
+    Over it an allocation fails, which a native codec answers by an error or by ending its process,
+    rather than taking the memory of every other job on the machine. The limit counts the whole
+    process, so only one thread may decode in it: a Ray task, not a server.
+    """
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            used = int(file.read().split()[5]) * resource.getpagesize()
+    except OSError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = used + num_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard < 0 else min(wanted, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 class RowStage(Protocol):

@@ -70,6 +70,9 @@ def build_classifier(
         ConfigError: if the backbone does not exist.
         WeightsError: if the weights cannot be had.
     """
+    if preprocess.channels != 3:
+        arguments = {**model.backbone_args, "in_chans": preprocess.channels}
+        model = model.model_copy(update={"backbone_args": arguments})
     backbone = build_backbone(model)
     head = build_head(backbone.num_features, num_classes, model.head)
     resolved = preprocess

@@ -15,11 +15,12 @@ class SmallCnn(nn.Module):
 
     Args:
         width: channels of the first block; each further block doubles them.
+        in_chans: channels of the input.
     """
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 32, in_chans: int = 3) -> None:
         super().__init__()
-        widths = [3, width, 2 * width, 4 * width, 8 * width]
+        widths = [in_chans, width, 2 * width, 4 * width, 8 * width]
         blocks: list[nn.Module] = []
         for in_chans, out_chans in itertools.pairwise(widths):
             blocks += [

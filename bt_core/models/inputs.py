@@ -1,6 +1,6 @@
 """From stored pixels to a model's input tensor: one code path for training, batch scoring and HTTP.
 
-Shape suffixes: B batch, S side; 1 and 3 are numbers of channels.
+Shape suffixes: B batch, C channels, S side; 1 is one channel.
 """
 
 from functools import cached_property
@@ -12,8 +12,6 @@ import torch
 from bt_core import storage
 from bt_core.scans.preprocess import PreprocessSpec, golden_image, preprocess_pixels
 
-NUM_CHANNELS: Final = 3
-"""Grey is repeated to three channels, as ImageNet backbones expect."""
 _MIN_STD: Final = 1e-6
 
 
@@ -27,12 +25,12 @@ class Preprocessor:
     def __init__(self, spec: PreprocessSpec) -> None:
         mean, std = spec.mean, spec.std
         if spec.normalize != "backbone":
-            mean, std = (0.0,) * NUM_CHANNELS, (1.0,) * NUM_CHANNELS
+            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         if mean is None or std is None:
             raise ValueError("resolve mean and std from the backbone first")
         self.spec = spec
-        self._mean_3 = torch.tensor(mean).view(1, NUM_CHANNELS, 1, 1)
-        self._std_3 = torch.tensor(std).view(1, NUM_CHANNELS, 1, 1)
+        self._mean_C = torch.tensor(mean).view(spec.channels, -1).mean(1)
+        self._std_C = torch.tensor(std).view(spec.channels, -1).mean(1)
 
     @staticmethod
     def to_unit(pixels_BSS: torch.Tensor) -> torch.Tensor:
@@ -40,17 +38,19 @@ class Preprocessor:
         return pixels_BSS.unsqueeze(1).to(torch.float32) / 255.0
 
     def normalize(self, unit_B1SS: torch.Tensor) -> torch.Tensor:
-        """Return images_B3SS float32, normalised by the spec, grey repeated to three channels.
+        """Return images_BCSS float32, normalised by the spec, grey repeated to its channels.
 
         The memory format is channels-last, in which convolutions run faster on CPUs and GPUs alike.
         """
         if self.spec.normalize == "zscore":
             unit_B1SS = _zscore(unit_B1SS)
-        mean, std = self._mean_3.to(unit_B1SS.device), self._std_3.to(unit_B1SS.device)
+        mean, std = (
+            values.view(1, -1, 1, 1).to(unit_B1SS.device) for values in (self._mean_C, self._std_C)
+        )
         return ((unit_B1SS - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def batch(self, pixels_BSS: np.ndarray) -> torch.Tensor:
-        """Return the model input images_B3SS float32 of pixels_BSS uint8."""
+        """Return the model input images_BCSS float32 of pixels_BSS uint8."""
         return self.normalize(self.to_unit(torch.from_numpy(np.array(pixels_BSS, dtype=np.uint8))))
 
     @cached_property

@@ -49,18 +49,21 @@ class PreprocessSpec(StrictModel):
     equalize: bool = False
     """Equalise the histogram of the whole (cropped) image; not together with `clahe`."""
     clahe: ClaheSpec | None = None
+    channels: Literal[1, 3] = 3
+    """Of a model's input: grey repeated to three, as ImageNet backbones expect, or once."""
     normalize: Literal["backbone", "unit", "zscore"] = "backbone"
     """What a model is given: `(x - mean) / std` of pixels x in [0, 1], by default with the
     backbone's own numbers; x itself; or each image with mean 0 and standard deviation 1."""
     mean: tuple[float, float, float] | None = None
-    """Per channel, subtracted after scaling to [0, 1]; None means the backbone's own."""
+    """Per channel, subtracted after scaling to [0, 1]; None means the backbone's own. One channel
+    takes the average."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """Per channel, divided by after `mean`; None means the backbone's own."""
 
     @property
     def pixel_digest(self) -> str:
         """Digest of the fields that decide the uint8 pixels, and so which shards can be shared."""
-        return storage.digest_of(self.model_dump(exclude={"normalize", "mean", "std"}))
+        return storage.digest_of(self.model_dump(exclude={"channels", "normalize", "mean", "std"}))
 
     @property
     def digest(self) -> str:

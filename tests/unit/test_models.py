@@ -284,3 +284,19 @@ def test_bundle_json_is_plain_json(tmp_path):
         "MODEL_CARD.md",
         *(f"members/m{i}/{f}" for i in (0, 1) for f in ("config.json", "model.safetensors")),
     }
+
+
+@pytest.mark.parametrize("backbone", ["cnn_small", "mobilenetv2_050"])
+def test_one_channel_goes_through_training_bundle_and_golden_input(backbone):
+    spec = PreprocessSpec(size_px=48, channels=1)
+    model = ModelSpec(backbone=backbone, weights="none")
+    classifier, resolved_model, resolved = build_classifier(model, spec, 4)
+    images = Preprocessor(resolved).batch(np.zeros((2, 48, 48), np.uint8))
+    assert images.shape == (2, 1, 48, 48)
+    assert classifier.eval()(images).shape == (2, 4)
+    assert torch.allclose(
+        images, torch.tensor(-np.mean(resolved.mean) / np.mean(resolved.std)).float()
+    )
+    assert rebuild_classifier(resolved_model, 4)(images).shape == (2, 4)
+    assert spec.pixel_digest == PreprocessSpec(size_px=48).pixel_digest
+    assert spec.digest != PreprocessSpec(size_px=48).digest
