@@ -76,11 +76,14 @@ def run(
     _clear(out, overwrite)
     with session():
         catalog, pairs = survey(refs, FamilyStage(key))
-        catalog = copies.resolve(copies.add_families(catalog, pairs), decisions)
+        catalog = copies.add_families(catalog, pairs)
+        docket = copies.docket_csv(catalog, copies.find_conflicts(catalog, pairs), decisions)
+        catalog = copies.resolve(catalog, decisions)
         conflicts = copies.find_conflicts(catalog, pairs)
         catalog = assign_splits(copies.leave_out_conflicts(catalog, conflicts), plan, previous)
         info = describe(catalog, storage.absolute(source), space, listing.skipped, plan)
         storage.write_table(storage.join(out, "catalog.parquet"), catalog)
+        storage.write_bytes(storage.join(out, "docket.csv"), docket)
         storage.write_table(storage.join(out, "copies.parquet"), copies.pairs_table(catalog, pairs))
         for spec in specs:
             ensure_view(Dataset(out, info), spec)
@@ -88,7 +91,6 @@ def run(
     _print_summary(info)
     say_if_random(key_is_kept, catalog["patient"])
     if conflicts:
-        storage.write_bytes(storage.join(out, "docket.csv"), copies.docket_csv(catalog, conflicts))
         print(f"label conflicts in {out}/docket.csv; fill it in and pass it with --resolve")
     print(f"dataset in {out}")
     return EXIT_INCOMPLETE if info.num_left_out else EXIT_OK

@@ -108,14 +108,23 @@ def leave_out_conflicts(catalog: pa.Table, conflicts: list[list[int]]) -> pa.Tab
     return _replaced(catalog, "reason", reasons)
 
 
-def docket_csv(catalog: pa.Table, conflicts: list[list[int]]) -> bytes:
-    """Return the docket of label conflicts: a CSV with an empty column `decision` to fill in."""
+def docket_csv(
+    catalog: pa.Table, conflicts: list[list[int]], decisions: Mapping[str, str] | None = None
+) -> bytes:
+    """Return the docket of label conflicts: a CSV with a column `decision` to fill in.
+
+    Args:
+        catalog: rows with the labels of the source.
+        conflicts: what `find_conflicts` gives for them.
+        decisions: those that a person has made already, by scan_id; the others are left empty.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, _DOCKET_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for number, rows in enumerate(conflicts, 1):
         for row in catalog.select(["scan_id", "member", "label"]).take(pa.array(rows)).to_pylist():
-            writer.writerow({"conflict": number, **row, "decision": ""})
+            decision = (decisions or {}).get(row["scan_id"], "")
+            writer.writerow({"conflict": number, **row, "decision": decision})
     return text.getvalue().encode()
 
 

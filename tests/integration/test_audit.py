@@ -111,6 +111,8 @@ def test_prepare_keeps_families_together_and_obeys_the_docket(audited, source, t
     assert {m for m, row in after.items() if row["reason"]} == {"Training/glioma/broken.png"}
     assert after["Training/glioma/doubted.png"]["label"] == "pituitary"
     assert all(after[member]["split"] == split for member, split in split_of.items() if split)
+    kept = list(csv.DictReader((settled / "docket.csv").read_text().splitlines()))
+    assert [row["decision"] for row in kept] == [row["decision"] for row in rows]
 
 
 def test_the_given_split_is_kept_on_request_and_its_copies_are_counted(
