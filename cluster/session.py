@@ -100,6 +100,8 @@ def _init(num_cpus: int | None) -> None:
             return
         cores = num_cpus or max(2, len(os.sched_getaffinity(0)))
         os.environ.setdefault("RAY_task_oom_retries", "2")  # Ray's default is for ever
+        # Ray ends idle processes over one for each CPU; the next step then waits for their imports.
+        os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * cores))
         ray.init(
             address="local", num_cpus=cores, logging_level=logging.WARNING, log_to_driver=False
         )
