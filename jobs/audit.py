@@ -13,13 +13,14 @@ def run(
 ) -> int:
     """Find exact, mirrored, rotated, re-encoded and resized copies; write audit.html and .json.
 
-    docket.csv lists the label conflicts for a person to settle, copies.parquet every pair. Exit
-    code 3 says that some files could not be read.
+    docket.csv lists the label conflicts for a person to settle, copies.parquet the pairs. Exit code
+    3 says that some files could not be read.
     """
     from bt_core.data import audit, copies
     from bt_core.data.catalog import label_refs_if_known
+    from bt_core.data.decode_stage import REF_COLUMNS
     from bt_core.data.families import FamilyStage
-    from bt_core.data.pipeline import survey
+    from bt_core.data.pipeline import decode_pixels, survey
     from bt_core.scans.archives import list_scans
     from bt_core.scans.identity import hash_key
     from cluster.session import session
@@ -27,15 +28,20 @@ def run(
     out = storage.absolute(out)
     if storage.exists(storage.join(out, "audit.json")) and not overwrite:
         raise UsageError(f"{out} holds an audit; choose another -o, or pass --overwrite")
+    if copies.has_decisions(storage.join(out, "docket.csv")):
+        raise UsageError(f"{out}/docket.csv holds decisions; keep it, and choose another -o")
     key, key_is_kept = hash_key()
     listing = list_scans(source, key)
     refs = label_refs_if_known(listing.refs, task)
     with session():
         catalog, pairs = survey(refs, FamilyStage(key))
-    catalog = copies.add_families(catalog, pairs)
-    conflicts = copies.find_conflicts(catalog, pairs)
+        catalog = copies.add_families(catalog, pairs)
+        conflicts = copies.find_conflicts(catalog, pairs)
+        chosen = audit.choose_pairs(catalog, pairs, conflicts)
+        shown_refs = catalog.select(list(REF_COLUMNS)).take(audit.rows_of(pairs, chosen))
+        pixels = decode_pixels(shown_refs, audit.PICTURE)
     figures = audit.audit_figures(catalog, pairs, conflicts, listing.skipped)
-    shown = audit.picture_pairs(catalog, pairs, conflicts)
+    shown = audit.draw_pairs(catalog, pairs, chosen, pixels)
     page = audit.audit_page(figures, storage.absolute(source), shown)
     storage.write_table(storage.join(out, "copies.parquet"), copies.pairs_table(catalog, pairs))
     storage.write_bytes(storage.join(out, "docket.csv"), copies.docket_csv(catalog, conflicts))

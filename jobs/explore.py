@@ -27,7 +27,7 @@ def run(
     Exit code 3 says that some scans could not be read; the page counts them by reason.
     """
     from bt_core.data.catalog import label_refs_if_known
-    from bt_core.data.copies import families_by_scan
+    from bt_core.data.copies import groups_by_scan
     from bt_core.data.explore import choose, describe_source, name_unlabelled, read_rows
     from bt_core.data.explore_page import earlier_files, figures, write_exploration
     from bt_core.data.explore_stage import SIDE_PX, ExploreStage
@@ -35,25 +35,27 @@ def run(
     from bt_core.data.pipeline import decode_catalog, survey
     from bt_core.data.probe import probe_shortcuts
     from bt_core.scans.archives import list_scans
+    from bt_core.scans.identity import hash_key
     from bt_core.training.recipe import load_recipe
     from cluster.session import session
 
     shown = load_recipe(recipe, RECIPES)
     out = storage.absolute(out)
     earlier_files(out)
-    listing = list_scans(source)
+    key, _ = hash_key()
+    listing = list_scans(source, key)
     refs, names = name_unlabelled(label_refs_if_known(listing.refs, task))
     with session():
         chosen = choose(refs, _NUM_SAMPLED, _SHOWN_PER_ROW, seed)
         rows = decode_catalog(chosen, ExploreStage(shown.preprocess)).sort_by("scan_id")
-        sampled, pairs = survey(chosen.filter(chosen["sampled"]), FamilyStage())
+        sampled, pairs = survey(chosen.filter(chosen["sampled"]), FamilyStage(key))
     facts = describe_source(rows, names, seed)
     if not facts["num_read"]:
         raise RunError(f"no scan of {source} could be read: {_counted(facts['unreadable'])}")
     rows = read_rows(rows)
     probed = rows.filter(rows["sampled"])
-    family_of = families_by_scan(sampled, pairs)
-    probe = probe_shortcuts(probed, [family_of[i] for i in probed["scan_id"].to_pylist()], seed)
+    group_of = groups_by_scan(sampled, pairs)
+    probe = probe_shortcuts(probed, [group_of[i] for i in probed["scan_id"].to_pylist()], seed)
     facts |= {"skipped": listing.skipped, "side_px": SIDE_PX, "seed": seed, "probe": probe}
     write_exploration(out, facts, figures(rows, facts, shown.name, shown.preprocess))
     _print_summary(facts)

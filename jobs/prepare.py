@@ -65,6 +65,8 @@ def run(
 
     if split not in ("family", "given"):
         raise UsageError(f"--split {split}: use family or given")
+    if split == "given" and keep_splits:
+        raise UsageError("--keep-splits has no effect on --split given; leave one of them out")
     plan = SplitPlan(by=split, seed=seed)
     specs = [load_recipe(name, RECIPES).preprocess for name in recipe or ["mobilenetv2"]]
     out = storage.absolute(out)
@@ -100,7 +102,8 @@ def _print_summary(info: "DatasetInfo") -> None:
     for split, counts in info.counts.items():
         classes = ", ".join(f"{name} {count}" for name, count in counts.items())
         print(f"{split:<11}{sum(counts.values()):>7} scans  ({classes})")
-    print(f"families   {info.num_families:>7}        (copies of one scan, never in two splits)")
+    kept = "never" if info.plan.by == "family" else "also"
+    print(f"families   {info.num_families:>7}        (copies of one scan, {kept} across splits)")
     if info.num_copied_from_training:
         print(
             f"copied     {info.num_copied_from_training:>7} scans  (not in training, but a copy is)"

@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -11,12 +12,11 @@ from PIL import Image
 from bt_core.data.copies import pictures_of
 from bt_core.data.families import TRANSFORMS, Pairs, transformed
 from bt_core.data.page import render
-from bt_core.errors import ScanError
-from bt_core.scans.archives import ScanRef, read_member
-from bt_core.scans.formats import decode_scan
-from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels
+from bt_core.scans.decoded import BURNED_IN
+from bt_core.scans.preprocess import PreprocessSpec
 
-_PICTURE: Final = PreprocessSpec(size_px=160, fit="pad")
+PICTURE: Final = PreprocessSpec(size_px=160, fit="pad")
+"""How scans are shown in pairs."""
 _PER_TRANSFORM: Final = 3
 _MAX_CONFLICTS_SHOWN: Final = 20
 _CLOSE_CALLS_SHOWN: Final = 6
@@ -138,65 +138,80 @@ def audit_text(figures: dict[str, Any]) -> str:
 
 
 def audit_page(figures: dict[str, Any], source: str, shown: list[dict[str, Any]]) -> bytes:
-    """Return the page, self-contained HTML; `shown` is what `picture_pairs` gives."""
+    """Return the page, self-contained HTML; `shown` is what `draw_pairs` gives."""
     return render("bt_core.data", "audit.html.j2", figures=figures, source=source, shown=shown)
 
 
-def picture_pairs(
+def choose_pairs(
     catalog: pa.Table, pairs: Pairs, conflicts: list[list[int]], seed: int = 0
-) -> list[dict[str, Any]]:
-    """Choose pairs to look at and draw them.
+) -> dict[int, str]:
+    """Choose pairs to look at: index of a pair to its title.
 
     Label conflicts first, then pairs across the given splits of every transform at random, then
-    those nearest to the threshold.
+    those nearest to the threshold. Scans whose header says that text is burned into the picture,
+    which may be a name, are passed over.
+    """
+    hidden = np.array([BURNED_IN in steps for steps in catalog["steps"].to_pylist()], bool)
+    shown = ~(hidden[pairs.left_P] | hidden[pairs.right_P])
+    split = np.array(catalog["given_split"].to_pylist(), object)
+    across = shown & (split[pairs.left_P] != split[pairs.right_P])
+    number_N = np.zeros(catalog.num_rows, np.int64)
+    for number, rows in enumerate(conflicts, 1):
+        number_N[rows] = number
+    inside = number_N[pairs.left_P] * (number_N[pairs.left_P] == number_N[pairs.right_P]) * shown
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    chosen = {
+        int(p): f"label conflict {inside[p]}" for p in np.flatnonzero(inside)[:_MAX_CONFLICTS_SHOWN]
+    }
+    for k in range(len(TRANSFORMS)):
+        own = order[(across & (pairs.transform_P == k))[order]][:_PER_TRANSFORM]
+        chosen |= {int(p): "across splits" for p in own if int(p) not in chosen}
+    closest = np.argsort(np.where(shown, pairs.correlation_P, 2), kind="stable")
+    closest = closest[: min(_CLOSE_CALLS_SHOWN, int(shown.sum()))]
+    return chosen | {int(p): "near the threshold" for p in closest if int(p) not in chosen}
+
+
+def rows_of(pairs: Pairs, chosen: dict[int, str]) -> list[int]:
+    """Return the rows of the scans of chosen pairs, each once."""
+    return sorted({int(end[p]) for p in chosen for end in (pairs.left_P, pairs.right_P)})
+
+
+def draw_pairs(
+    catalog: pa.Table, pairs: Pairs, chosen: dict[int, str], pixels: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """Draw the chosen pairs for the page.
+
+    Args:
+        catalog: rows with scan_id, label and given_split.
+        pairs: the copies.
+        chosen: what `choose_pairs` gives.
+        pixels: uint8 (S, S) by scan_id, under the spec `PICTURE`.
 
     Returns:
         For each: title, left and right (label, given split and scan id in words), transform,
         correlation, and `picture`, PNG bytes: left, right, and left turned onto right.
     """
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    split = np.array(catalog["given_split"].to_pylist(), object)
-    conflict = {row: k for k, rows in enumerate(conflicts, 1) for row in rows}
-    left, right = pairs.left_P, pairs.right_P
-    chosen: dict[int, str] = {}
-    for p in range(len(pairs)):
-        number = conflict.get(int(left[p]))
-        inside = number is not None and number == conflict.get(int(right[p]))
-        if inside and len(chosen) < _MAX_CONFLICTS_SHOWN:
-            chosen[p] = f"label conflict {number}"
-    for k in range(len(TRANSFORMS)):
-        own = [p for p in order if pairs.transform_P[p] == k and split[left[p]] != split[right[p]]]
-        chosen |= {p: "across splits" for p in own[:_PER_TRANSFORM] if p not in chosen}
-    closest = np.argsort(pairs.correlation_P, kind="stable")[:_CLOSE_CALLS_SHOWN]
-    chosen |= {int(p): "near the threshold" for p in closest if int(p) not in chosen}
-    drawn = (_draw(catalog, pairs, int(p), title) for p, title in chosen.items())
-    return [picture for picture in drawn if picture]
-
-
-def _draw(catalog: pa.Table, pairs: Pairs, p: int, title: str) -> dict[str, Any] | None:
-    ends = (int(pairs.left_P[p]), int(pairs.right_P[p]))
-    rows = catalog.take(pa.array(ends)).to_pylist()
-    try:
-        left, right = (_image(row) for row in rows)
-    except ScanError:  # the source has changed since; the figures stay true for what was read
-        return None
-    turned = transformed(left, int(pairs.transform_P[p]))
-    gap = np.full((left.shape[0], 6), 128, np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(np.hstack([left, gap, right, gap, turned])).save(buffer, "PNG")
-    words = [
-        " ".join(filter(None, [r["label"], r["given_split"], f"scan {r['scan_id']}"])) for r in rows
-    ]
-    return {
-        "title": title,
-        "left": words[0],
-        "right": words[1],
-        "transform": TRANSFORMS[int(pairs.transform_P[p])],
-        "correlation": float(pairs.correlation_P[p]),
-        "picture": buffer.getvalue(),
-    }
-
-
-def _image(row: dict[str, Any]) -> np.ndarray:
-    ref = ScanRef(row["scan_id"], row["uri"], row["member"], row["position"])
-    return preprocess_pixels(decode_scan(read_member(ref), ref.member).image_HW, _PICTURE)
+    shown = []
+    for p, title in chosen.items():
+        ends = pa.array([int(pairs.left_P[p]), int(pairs.right_P[p])])
+        rows = catalog.select(["scan_id", "label", "given_split"]).take(ends).to_pylist()
+        if not all(row["scan_id"] in pixels for row in rows):  # the source has changed since
+            continue
+        left, right = (pixels[row["scan_id"]] for row in rows)
+        gap = np.full((left.shape[0], 6), 128, np.uint8)
+        turned = transformed(left, int(pairs.transform_P[p]))
+        buffer = io.BytesIO()
+        Image.fromarray(np.hstack([left, gap, right, gap, turned])).save(buffer, "PNG")
+        words = [(row["label"], row["given_split"], f"scan {row['scan_id']}") for row in rows]
+        names = [" ".join(filter(None, own)) for own in words]
+        shown.append(
+            {
+                "title": title,
+                "left": names[0],
+                "right": names[1],
+                "transform": TRANSFORMS[int(pairs.transform_P[p])],
+                "correlation": float(pairs.correlation_P[p]),
+                "picture": buffer.getvalue(),
+            }
+        )
+    return shown

@@ -93,8 +93,8 @@ class Dataset:
 def label_refs(refs: list[ScanRef], task: str | None) -> tuple[pa.Table, LabelSpace]:
     """Give every listed scan its label: the one of its list, or the one of its folder.
 
-    The deepest folder whose name is a known class decides; a folder such as Training is kept as
-    `given_split`. What a list says goes before what folders say.
+    The deepest folder whose name is a known class decides; the deepest one such as Training is kept
+    as `given_split`. What a list says goes before what folders say.
 
     Args:
         refs: listed scans.
@@ -215,10 +215,16 @@ def describe(
 
 
 def splits_by_pixels(dataset: Dataset) -> dict[str, str]:
-    """Return the split of every picture of a dataset that is in one, by its pixel digest."""
+    """Return the split of every picture of a dataset that is in one, by its pixel digest.
+
+    A picture that stood on several sides counts as trained on.
+    """
     columns = dataset.catalog().select(["pixel_sha256", "split"]).to_pydict()
-    rows = zip(columns["pixel_sha256"], columns["split"], strict=True)
-    return {digest: split for digest, split in rows if split}
+    found: dict[str, str] = {}
+    for digest, split in zip(columns["pixel_sha256"], columns["split"], strict=True):
+        if split and found.setdefault(digest, split) != split:
+            found[digest] = "train"
+    return found
 
 
 def _folders(member: str) -> list[str]:
@@ -244,5 +250,5 @@ def _given_split(ref: ScanRef) -> str:
                 f"{', '.join(_GIVEN_SPLITS)}"
             )
         return split
-    parts = (_GIVEN_SPLITS.get(part.lower(), "") for part in _folders(ref.member))
+    parts = (_GIVEN_SPLITS.get(part.lower(), "") for part in reversed(_folders(ref.member)))
     return next((part for part in parts if part), "")

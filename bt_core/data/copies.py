@@ -41,21 +41,24 @@ def add_families(catalog: pa.Table, pairs: Pairs) -> pa.Table:
     return catalog
 
 
-def families_by_scan(catalog: pa.Table, pairs: Pairs) -> dict[str, str]:
-    """Return the name of each scan's family, by scan_id."""
-    columns = add_families(catalog, pairs).select(["scan_id", "family"]).to_pydict()
-    return dict(zip(columns["scan_id"], columns["family"], strict=True))
+def groups_by_scan(catalog: pa.Table, pairs: Pairs) -> dict[str, str]:
+    """Return the name of each scan's group, by scan_id."""
+    columns = add_families(catalog, pairs).select(["scan_id", "group"]).to_pydict()
+    return dict(zip(columns["scan_id"], columns["group"], strict=True))
 
 
 def pairs_table(catalog: pa.Table, pairs: Pairs) -> pa.Table:
-    """Return pairs with scan ids: left, right, correlation, transform (left turned into right)."""
+    """Return pairs with scan ids: left, right, correlation, transform (left turned into right).
+
+    A scan that repeats another's pixels stands there once, with the first one of them.
+    """
     scan_ids = np.array(catalog["scan_id"].to_pylist(), object)
     return pa.table(
         {
             "left": pa.array(scan_ids[pairs.left_P], pa.string()),
             "right": pa.array(scan_ids[pairs.right_P], pa.string()),
             "correlation": pairs.correlation_P,
-            "transform": [TRANSFORMS[k] for k in pairs.transform_P],
+            "transform": np.array(TRANSFORMS)[pairs.transform_P],
         }
     )
 
@@ -124,7 +127,8 @@ def docket_csv(
     for number, rows in enumerate(conflicts, 1):
         for row in catalog.select(["scan_id", "member", "label"]).take(pa.array(rows)).to_pylist():
             decision = (decisions or {}).get(row["scan_id"], "")
-            writer.writerow({"conflict": number, **row, "decision": decision})
+            member = _plain_cell(row["member"])
+            writer.writerow({"conflict": number, **row, "member": member, "decision": decision})
     return text.getvalue().encode()
 
 
@@ -141,7 +145,11 @@ def read_docket(location: str, space: LabelSpace) -> dict[str, str]:
         text = storage.read_bytes(location).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the docket {location}: {type(error).__name__}") from error
-    reader = csv.DictReader(io.StringIO(text))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lines = list(reader)
+    except csv.Error as error:
+        raise UsageError(f"{location} is not a CSV file: {error}") from error
     missing = {"scan_id", "decision"} - set(reader.fieldnames or ())
     if missing:
         raise UsageError(
@@ -150,7 +158,7 @@ def read_docket(location: str, space: LabelSpace) -> dict[str, str]:
         )
     decisions: dict[str, str] = {}
     faults = []
-    for number, row in enumerate(reader, 2):
+    for number, row in enumerate(lines, 2):
         word = (row["decision"] or "").strip()
         known = class_of_folder(word)
         label = DROP if word.lower() == DROP else to_task(known, space.task) if known else None
@@ -186,6 +194,19 @@ def resolve(catalog: pa.Table, decisions: Mapping[str, str]) -> pa.Table:
         elif decision:
             labels[row] = decision
     return _replaced(_replaced(catalog, "label", labels), "reason", reasons)
+
+
+def has_decisions(location: str) -> bool:
+    """Return whether there is a docket in which a person has decided something."""
+    if not storage.exists(location):
+        return False
+    text = storage.read_bytes(location).decode("utf-8-sig", "replace")
+    return any((row.get("decision") or "").strip() for row in csv.DictReader(io.StringIO(text)))
+
+
+def _plain_cell(text: str) -> str:
+    """Return a file name so that no spreadsheet takes it for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _named(pixel_sha256: pa.ChunkedArray, components: np.ndarray) -> pa.Array:

@@ -6,10 +6,11 @@ size.
 
 import hashlib
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from bt_core.scans.formats import decode_scan
 from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels
 
 REF_COLUMNS = ("scan_id", "uri", "member", "position")
+MAX_DECODE_SECONDS: Final = 120.0
+"""A scan that takes longer counts as one that ended its worker."""
 CONTENT = "content"
 """Column with what a stream gave for each ref: bytes, or a ScanError. It does not pass through."""
 Columns = dict[str, Any]
@@ -63,7 +66,7 @@ class DecodeStage:
             if isinstance(content, ScanError):
                 raise content
             result["content_sha256"] = storage.sha256(content)
-            with bounded_memory(MAX_DECODE_BYTES):
+            with bounded(MAX_DECODE_BYTES, MAX_DECODE_SECONDS):
                 scan = decode_scan(content, ref.member, self.hash_key)
         except ScanError as error:
             return {**result, "reason": error.reason, "detail": error.detail}
@@ -97,13 +100,24 @@ class DecodeStage:
 
 
 @contextmanager
-def bounded_memory(num_bytes: int) -> Iterator[None]:
-    """Let this process take at most so much more private memory (Linux; elsewhere no bound).
+def bounded(num_bytes: int, seconds: float) -> Iterator[None]:
+    """Bound the memory and the time that a native codec takes; for a process that decodes alone.
 
-    Over it an allocation fails, which a native codec answers by an error or by ending its process,
-    rather than taking the memory of every other job on the machine. The limit counts the whole
-    process, so only one thread may decode in it: a Ray task, not a server.
+    Over `num_bytes` more of private memory (on Linux) an allocation fails, which a codec answers by
+    an error or by ending its process, rather than taking the memory of every other job on the
+    machine. After `seconds` the process is ended by SIGALRM, also where no Python code runs. Both
+    count the whole process, so this is for a Ray task, not for a server.
     """
+    alarm = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        with _bounded_memory(num_bytes):
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *alarm)
+
+
+@contextmanager
+def _bounded_memory(num_bytes: int) -> Iterator[None]:
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             used = int(file.read().split()[5]) * resource.getpagesize()

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from bt_core.data.decode_stage import Columns, DecodeStage
+from bt_core.scans.decoded import BURNED_IN
 from bt_core.scans.preprocess import PreprocessSpec
 
 SIDE_PX: Final = 120
@@ -74,6 +75,11 @@ def _measured(row: dict[str, Any]) -> dict[str, Any]:
         "histogram": _histogram(small_SS),
         "border_histogram": _histogram(border),
     }
+    if BURNED_IN in row["steps"]:  # the text may be a name
+        small_SS, picture_HW, prepared_HW = (
+            None if image is None else np.zeros_like(image)
+            for image in (small_SS, picture_HW, prepared_HW)
+        )
     if row["sampled"]:
         row["thumbnail"] = block_means(small_SS[None], THUMBNAIL_PX)[0].tobytes()
     if row["shown"]:

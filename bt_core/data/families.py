@@ -156,25 +156,39 @@ class FamilyStage:
 class CopyIndex:
     """Finds every pair of copies among scans.
 
+    Time and memory grow with the number of scans and with the number of pairs: n copies of one
+    scan that differ in their pixels are n (n - 1) / 2 pairs.
+
     Args:
         pixels_NFF: uint8 thumbnails (N, F, F), made with the spec `THUMBNAIL`.
         descriptors_ND: what `describe` gives for them.
+        rows: indices of the scans to search among, rising; None means all. Those whose thumbnail is
+            flat have no copies, and are left out.
     """
 
-    def __init__(self, pixels_NFF: np.ndarray, descriptors_ND: np.ndarray) -> None:
+    def __init__(
+        self,
+        pixels_NFF: np.ndarray,
+        descriptors_ND: np.ndarray,
+        rows: np.ndarray | None = None,
+    ) -> None:
+        rows = np.arange(len(pixels_NFF)) if rows is None else rows
+        self.rows = rows[descriptors_ND[rows].any(axis=1)]
         self.pixels_NFF = pixels_NFF
         self.descriptors_ND = descriptors_ND
-        centred = descriptors_ND - descriptors_ND.mean(axis=0, keepdims=True)
+        centred = descriptors_ND[self.rows]
+        if len(self.rows):
+            centred -= centred.mean(axis=0, keepdims=True)
         sample = centred[:: max(1, len(centred) // 20_000)]
         _, axes = np.linalg.eigh(sample.T @ sample)
         self._points = centred @ axes[:, ::-1][:, :_TREE_DIMENSIONS]
         self._tree = cKDTree(self._points)
 
     def __len__(self) -> int:
-        return len(self.pixels_NFF)
+        return len(self.rows)
 
     def search(self, start: int, stop: int) -> Pairs:
-        """Return the copies of the scans start..stop-1 among the scans after each of them."""
+        """Return the copies of `rows[start:stop]` among the rows after each of them."""
         parts = [self._verify(pairs) for pairs in self._shortlist(start, stop)]
         return Pairs.concatenate(parts)
 
@@ -184,7 +198,7 @@ class CopyIndex:
             block = cKDTree(self._points[first : min(first + 256, stop)])
             near = block.sparse_distance_matrix(self._tree, _RADIUS, output_type="ndarray")
             pairs = np.stack([near["i"] + first, near["j"]], axis=1)
-            pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+            pairs = self.rows[pairs[pairs[:, 0] < pairs[:, 1]]]
             for at in range(0, len(pairs), 65_536):
                 some = pairs[at : at + 65_536]
                 apart = self.descriptors_ND[some[:, 0]] - self.descriptors_ND[some[:, 1]]

@@ -1,51 +1,42 @@
 """Ray Data over scans: decode in guarded tasks, find copies, score.
 
-Ray retries for ever by default, so a file that kills its decoder would stop a job without an end.
-Here every retry is bounded, and decoding runs in tasks of its own whose death is noticed: the scans
-of a dead task are tried one by one, twice each, and one that dies again is set aside as
-`decoder_crashed`.
-
 Scans are read where they are decoded. Only those of a tar.gz or tar.zst, which has no random
 access, are read by one task per archive, which hands them to the decoding tasks.
 """
 
 import logging
-import math
 import sys
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
 
-from bt_core.data.decode_stage import Columns, DecodeStage, RowStage, column_of, run_stage
-from bt_core.data.families import CopyIndex, FamilyStage, Pairs, exact_pairs
-from bt_core.data.stream import split_streamed, stream_batches
+from bt_core.data.decode_stage import Columns, DecodeStage, RowStage
+from bt_core.data.families import (
+    DESCRIPTOR_LENGTH,
+    THUMBNAIL,
+    CopyIndex,
+    FamilyStage,
+    Pairs,
+    exact_pairs,
+)
+from bt_core.data.guard import MAX_RETRIES, num_overseers, oversee, oversee_stream
+from bt_core.data.stream import split_streamed
 from bt_core.scans.preprocess import PreprocessSpec
 
-MAX_RETRIES: Final = 2
-"""How often Ray may repeat a lost task or restart a lost actor."""
-TRIES_PER_SCAN: Final = 2
-_DECODE_BATCH: Final = 64
+_SCORE_BATCH: Final = 64
 _SEARCH_ROWS: Final = 2048
+_BLOCK_ROWS: Final = 1024
 _SCANS_WORTH_AN_ACTOR: Final = 256
 _STARVED_AFTER_SECONDS: Final = 300
-_BLOCK_ROWS: Final = 1024
-"""Scans that a task of Ray Data oversees; it hands them, `_DECODE_BATCH` at a time, to others."""
-_BATCHES_EACH: Final = 8
-"""Batches of one block that are decoded at once: at 32 MiB each, 256 MiB in the object store."""
-_CRASHES: Final = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
-
-
-_run_stage: Final = ray.remote(max_retries=0)(run_stage)
 
 
 def configure() -> None:
@@ -72,14 +63,14 @@ def decode(refs: pa.Table, stage: RowStage) -> ray.data.Dataset:
     configure()
     streamed, direct = split_streamed(refs)
     blocks = [direct.slice(i, _BLOCK_ROWS) for i in range(0, direct.num_rows, _BLOCK_ROWS)]
-    parts = [(blocks, _guarded), (streamed, _guarded_stream)] if streamed else [(blocks, _guarded)]
+    parts = [(blocks, oversee), (streamed, oversee_stream)] if streamed else [(blocks, oversee)]
     with bounded_retries():
         first, *others = [
             ray.data.from_arrow(tables).map_batches(
                 work,
                 fn_kwargs={"stage": stage},
                 batch_size=None,
-                compute=ray.data.TaskPoolStrategy(size=_num_overseers()),
+                compute=ray.data.TaskPoolStrategy(size=num_overseers(len(tables))),
                 max_retries=MAX_RETRIES,
             )
             for tables, work in parts
@@ -126,18 +117,22 @@ def survey(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, Pairs]:
 def describe_scans(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, np.ndarray, np.ndarray]:
     """Return the catalog as `survey` does, and its rows' thumbnails and descriptors.
 
-    These are gathered here, 5 KB for each scan.
+    These are gathered here, 5 KB for each scan, and the search takes them once more to the object
+    store.
     """
-    tables, thumbnails, descriptors = [], [], []
+    refs = refs.sort_by("scan_id")
+    row_of = {scan_id: row for row, scan_id in enumerate(refs["scan_id"].to_pylist())}
+    thumbnails_NFF = np.zeros((refs.num_rows, THUMBNAIL.size_px, THUMBNAIL.size_px), np.uint8)
+    descriptors_ND = np.zeros((refs.num_rows, DESCRIPTOR_LENGTH), np.float32)
+    tables = []
     for batch in decode(refs, stage).iter_batches(batch_size=None, batch_format="numpy"):
-        thumbnails.append(batch.pop("thumbnail"))
-        descriptors.append(batch.pop("descriptor"))
+        rows = [row_of[scan_id] for scan_id in batch["scan_id"]]
+        thumbnails_NFF[rows] = batch.pop("thumbnail")
+        descriptors_ND[rows] = batch.pop("descriptor")
         tables.append(pa.table(batch))
-    catalog = pa.concat_tables(tables, promote_options="permissive")
+    catalog = pa.concat_tables(tables, promote_options="permissive").sort_by("scan_id")
     check_rows(refs, catalog)
-    order = pc.sort_indices(catalog, [("scan_id", "ascending"), ("position", "ascending")])
-    rows = order.to_numpy()
-    return catalog.take(order), np.concatenate(thumbnails)[rows], np.concatenate(descriptors)[rows]
+    return catalog, thumbnails_NFF, descriptors_ND
 
 
 def find_copies(catalog: pa.Table, thumbnails_NFF: np.ndarray, descriptors_ND: np.ndarray) -> Pairs:
@@ -148,19 +143,32 @@ def find_copies(catalog: pa.Table, thumbnails_NFF: np.ndarray, descriptors_ND: n
         ones; see `data.families`.
     """
     exact, rows = exact_pairs(catalog["pixel_sha256"].to_pylist())
-    if len(rows) < 2:
+    copies = CopyIndex(thumbnails_NFF, descriptors_ND, rows)
+    if len(copies) < 2:
         return exact
     configure()
-    index = ray.put(CopyIndex(thumbnails_NFF[rows], descriptors_ND[rows]))
-    num_blocks = -(-len(rows) // _SEARCH_ROWS)
+    num_blocks = -(-len(copies) // _SEARCH_ROWS)
+    index = ray.put(copies)
     with bounded_retries():
         found = ray.data.range(num_blocks, override_num_blocks=num_blocks).map_batches(
             _search, fn_kwargs={"index": [index]}, batch_size=None, max_retries=MAX_RETRIES
         )
         blocks = list(found.iter_batches(batch_size=None, batch_format="numpy"))
-    near = Pairs.concatenate([Pairs(**block) for block in blocks])
-    near = Pairs(rows[near.left_P], rows[near.right_P], near.correlation_P, near.transform_P)
-    return Pairs.concatenate([exact, near])
+    return Pairs.concatenate([exact, *(Pairs(**block) for block in blocks)])
+
+
+def decode_pixels(refs: pa.Table, spec: PreprocessSpec) -> dict[str, np.ndarray]:
+    """Return the pixels_SS uint8 of a few scans by scan_id, without those that cannot be read."""
+    pixels: dict[str, np.ndarray] = {}
+    for batch in decode(refs, DecodeStage((spec,))).iter_batches(
+        batch_size=None, batch_format="numpy"
+    ):
+        for scan_id, reason, image_SS in zip(
+            batch["scan_id"], batch["reason"], batch["pixels_0"], strict=True
+        ):
+            if not reason:
+                pixels[str(scan_id)] = image_SS
+    return pixels
 
 
 def score(
@@ -192,7 +200,7 @@ def score(
         decode(refs, DecodeStage(specs)).map_batches(
             scorer,
             fn_constructor_args=scorer_args,
-            batch_size=_DECODE_BATCH,
+            batch_size=_SCORE_BATCH,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size),
             num_cpus=cpus_per_actor,
             num_gpus=num_gpus_per_actor or None,
@@ -221,63 +229,6 @@ def _search(blocks: Columns, index: list[ray.ObjectRef]) -> Columns:
     starts = [int(block) * _SEARCH_ROWS for block in blocks["id"]]
     parts = [copies.search(at, min(at + _SEARCH_ROWS, len(copies))) for at in starts]
     return vars(Pairs.concatenate(parts))
-
-
-def _guarded(columns: Columns, stage: RowStage) -> Iterator[Columns]:
-    """Decode the scans of a block in tasks of a few, several at once."""
-    starts = range(0, len(columns["scan_id"]), _DECODE_BATCH)
-    batches = ({k: v[i : i + _DECODE_BATCH] for k, v in columns.items()} for i in starts)
-    return _in_tasks(batches, stage)
-
-
-def _guarded_stream(columns: Columns, stage: RowStage) -> Iterator[Columns]:
-    """Read archives in order, decode their scans in parallel, and never run far ahead of that."""
-    return _in_tasks(stream_batches(columns), stage)
-
-
-def _in_tasks(batches: Iterable[Columns], stage: RowStage) -> Iterator[Columns]:
-    window = _BATCHES_EACH + 1
-    pending: deque[tuple[Any, Columns]] = deque()
-    for batch in batches:
-        pending.append((_run_stage.remote(stage, batch), batch))
-        if len(pending) >= window:
-            yield _outcome(*pending.popleft(), stage)
-    while pending:
-        yield _outcome(*pending.popleft(), stage)
-
-
-def _num_overseers() -> int:
-    """Return how many tasks oversee the decoding; each is a process more than there are CPUs."""
-    num_cpus = float(ray.cluster_resources().get("CPU", 1))
-    return math.ceil(num_cpus / _BATCHES_EACH)
-
-
-def _outcome(task: Any, columns: Columns, stage: RowStage) -> Columns:
-    """Return a task's rows; if its worker died, those of one task per scan."""
-    try:
-        return _get(task)
-    except (*_CRASHES, ray.exceptions.NodeDiedError):
-        rows = [{k: v[i] for k, v in columns.items()} for i in range(len(columns["scan_id"]))]
-        return _one_by_one(rows, stage)
-
-
-def _one_by_one(rows: list[dict[str, Any]], stage: RowStage) -> Columns:
-    """Give every scan a task of its own, so that the one that crashes harms no other."""
-    task = _run_stage.options(max_retries=TRIES_PER_SCAN - 1)
-    pending = [task.remote(stage, {k: column_of([v]) for k, v in row.items()}) for row in rows]
-    parts: list[Columns] = []
-    for row, ref in zip(rows, pending, strict=True):
-        try:
-            parts.append(_get(ref))
-        except _CRASHES:
-            blank = stage.set_aside(row, "decoder_crashed", f"{TRIES_PER_SCAN} tries")
-            parts.append({k: np.array([v]) for k, v in blank.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _get(ref: Any) -> Columns:
-    result: Columns = ray.get(ref)
-    return result
 
 
 @contextmanager

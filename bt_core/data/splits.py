@@ -14,6 +14,13 @@ from bt_core.errors import SourceError
 SPLITS: Final = ("train", "validation", "test")
 
 
+_TRAINED_BEFORE: Final[dict[str, set[str]]] = {
+    "train": set(),
+    "validation": {"train"},
+    "test": {"train", "validation"},
+}
+
+
 class SplitPlan(StrictModel):
     """How a dataset is split."""
 
@@ -38,8 +45,9 @@ def assign_splits(
 
     Returns:
         The catalog. `split` is empty for what is left out. `fold`, 0 up, divides all scans but the
-        test scans by group; -1 elsewhere. `copy_in_training` marks validation and test scans whose
-        group has a scan in training, which only a given split leaves there.
+        test scans by group; -1 elsewhere. `copy_in_training` marks validation scans whose group has
+        a scan in train, and test scans whose group has one in train or validation, by which epochs
+        and thresholds are chosen; only a given split leaves any there.
 
     Raises:
         SourceError: if the given split is asked for and some usable scan has none.
@@ -55,7 +63,9 @@ def assign_splits(
     else:
         keep = _kept(groups, [columns["pixel_sha256"][i] for i in usable], previous or {})
         splits = grouped_split(groups, labels, plan.fractions, plan.seed, keep=keep)
-    trained = {group for group, split in zip(groups, splits, strict=True) if split == "train"}
+    sides: dict[str, set[str]] = defaultdict(set)
+    for group, split in zip(groups, splits, strict=True):
+        sides[group].add(split)
     inner = [k for k, split in enumerate(splits) if split != "test"]
     names = [str(k) for k in range(plan.num_folds)]
     shares = [1 / plan.num_folds] * plan.num_folds
@@ -64,7 +74,8 @@ def assign_splits(
     split_N, fold_N = [""] * catalog.num_rows, [-1] * catalog.num_rows
     copied_N = [False] * catalog.num_rows
     for i, group, split in zip(usable, groups, splits, strict=True):
-        split_N[i], copied_N[i] = split, split != "train" and group in trained
+        split_N[i] = split
+        copied_N[i] = bool(sides[group] & _TRAINED_BEFORE[split])
     for k, fold in zip(inner, folds, strict=True):
         fold_N[usable[k]] = int(fold)
     catalog = catalog.append_column("split", pa.array(split_N, pa.string()))
@@ -73,7 +84,10 @@ def assign_splits(
 
 
 def _given(groups: list[str], labels: list[str], given: list[str], plan: SplitPlan) -> list[str]:
-    """Keep the given split; cut validation from its training scans if it has none."""
+    """Keep the given split; cut validation from its training scans if it has none.
+
+    A group with a test scan stays in training: validation, which chooses, must not have seen it.
+    """
     if "" in given or "train" not in given or "test" not in given:
         raise SourceError(
             f"--split given needs every scan below a Training or Testing folder; {given.count('')} "
@@ -83,7 +97,8 @@ def _given(groups: list[str], labels: list[str], given: list[str], plan: SplitPl
         return given
     train, validation, _ = plan.fractions
     shares = [train / (train + validation), validation / (train + validation)]
-    inner = [k for k, split in enumerate(given) if split == "train"]
+    tested = {group for group, split in zip(groups, given, strict=True) if split == "test"}
+    inner = [k for k, split in enumerate(given) if split == "train" and groups[k] not in tested]
     own = grouped_split(
         [groups[k] for k in inner], [labels[k] for k in inner], shares, plan.seed, SPLITS[:2]
     )
@@ -114,7 +129,8 @@ def grouped_split(
 
     The groups of a class stand in a line, ordered by a keyed hash of their name; the line is cut at
     the fractions of its scans. So shares hold for each class to within half a group at each cut,
-    the order of the rows does not matter, and scans that are added move only groups at the cuts.
+    the order of the rows does not matter, and new groups move only groups at the cuts. A group that
+    gains a scan may get another name, and so another place: `keep` holds what must not move.
 
     Args:
         groups: N names; scans of one group stay together.

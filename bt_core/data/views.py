@@ -11,7 +11,8 @@ import ray.data
 from bt_core import storage
 from bt_core.data.catalog import Dataset
 from bt_core.data.decode_stage import Columns, DecodeStage
-from bt_core.data.pipeline import MAX_RETRIES, bounded_retries, check_rows, configure, decode
+from bt_core.data.guard import MAX_RETRIES
+from bt_core.data.pipeline import bounded_retries, check_rows, configure, decode
 from bt_core.data.stream import split_streamed
 from bt_core.scans.preprocess import PreprocessSpec
 

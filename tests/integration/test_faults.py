@@ -141,6 +141,10 @@ def wrong_uses(chain, tmp_path):
             "the cluster has 2 CPUs",
         ),
         "no such split": (["prepare", chain.archive, "-o", out, "--split", "official"], "or given"),
+        "two splits": (
+            ["prepare", chain.archive, "-o", out, "--split", "given", "--keep-splits", chain.data],
+            "no effect",
+        ),
         "no such task": (["audit", chain.archive, "-o", out, "--task", "three"], "or binary"),
         "no docket": (["prepare", chain.archive, "-o", out, "--resolve", empty], "no column"),
         "wrong task": ([*train, "--recipe", "cnn_small", "--set", "task=binary"], "four_class"),
@@ -265,3 +269,41 @@ def test_a_killed_train_command_goes_on_where_it_was(chain, tmp_path):
     history = Run(str(out)).history()
     assert [figures["epoch"] for figures in history] == list(range(1, 9))
     assert history[0] == before[0], "the first epoch was not trained again"
+
+
+LOSE_A_NODE = """
+import sys
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster
+from bt_core.data import guard
+from bt_core.data.catalog import ref_columns
+from bt_core.data.decode_stage import DecodeStage
+from bt_core.scans.archives import list_scans
+from bt_core.scans.preprocess import PreprocessSpec
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+node = cluster.add_node(num_cpus=1, resources={"other": 1})
+ray.init(address=cluster.address)
+refs = ref_columns(list_scans(sys.argv[1]).refs)
+columns = {name: np.array(values) for name, values in refs.items()}
+stage = DecodeStage((PreprocessSpec(size_px=512),))  # large enough for the object store
+task = guard._run_stage.options(resources={"other": 1}).remote(stage, columns)
+ray.wait([task], fetch_local=False)
+cluster.remove_node(node)
+try:
+    ray.get(task)
+except ray.exceptions.ObjectLostError:
+    print("lost")
+rows = guard._outcome(task, columns, stage)
+print("again", rows["scan_id"].tolist() == refs["scan_id"], set(rows["reason"].tolist()))
+"""
+
+
+def test_rows_that_are_lost_with_their_node_are_made_again(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    command = [sys.executable, "-c", LOSE_A_NODE, str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert "lost\nagain True {''}" in result.stdout, result.stderr

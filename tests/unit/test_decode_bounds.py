@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
-from bt_core.data.decode_stage import bounded_memory
+from bt_core.data.decode_stage import bounded
 from bt_core.errors import ScanError
 from bt_core.scans.decoded import MAX_DECODE_BYTES, MIN_SIDE_PX
 from bt_core.scans.formats import decode_scan
@@ -192,7 +192,7 @@ def test_every_largest_file_keeps_the_bound() -> None:
 
 
 def test_a_decoding_task_cannot_take_more_memory_than_its_bound():
-    with bounded_memory(64 * 1024**2):
+    with bounded(64 * 1024**2, 60):
         np.ones(16 * 1024**2, np.uint8)
         with pytest.raises(MemoryError):
             np.ones(512 * 1024**2, np.uint8)

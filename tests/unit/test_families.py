@@ -30,6 +30,7 @@ from bt_core.labels import LABEL_SPACES
 from bt_core.scans.phantom import CLASS_NAMES, perturbed_copy, phantom_slice
 from bt_core.scans.preprocess import preprocess_pixels
 
+waves = st.tuples(st.integers(0, 6), st.integers(0, 6), st.floats(0.5, 40), st.integers(0, 99))
 thumbnails = hnp.arrays(np.uint8, (2, 64, 64), elements=st.integers(0, 255), fill=st.integers(0, 3))
 
 
@@ -80,6 +81,20 @@ def test_a_descriptor_ignores_turns_and_never_lies_further_apart_than_the_thumbn
         assert distance <= np.linalg.norm(apart) + 1e-4
 
 
+@given(waves, st.integers(0, 7))
+def test_near_copies_stay_within_the_bound(wave, k):
+    """Noise, and the same with a wave of a low frequency: there a wrong factor would show."""
+    u, v, amplitude, seed = wave
+    noise = np.random.default_rng(seed).normal(128, 40, (64, 64))
+    y, x = np.mgrid[0:64, 0:64] + 0.5
+    wave = amplitude * np.cos(np.pi * u * y / 64) * np.cos(np.pi * v * x / 64)
+    one, other = (np.clip(a, 0, 255).astype(np.uint8)[None] for a in (noise, noise + wave))
+    other = transformed(other, k)
+    distance = np.linalg.norm(describe(one) - describe(other))
+    apart = unit_thumbnails(transformed(one, k)) - unit_thumbnails(other)
+    assert distance <= np.linalg.norm(apart) + 1e-4
+
+
 def test_the_transforms_are_the_eight_symmetries_and_named_right():
     image = np.arange(4).reshape(2, 2)  # 0 1 / 2 3
     results = {transformed(image, k).tobytes() for k in range(len(TRANSFORMS))}
@@ -101,6 +116,15 @@ def test_the_index_finds_exactly_what_all_pairs_give(planted):
     assert len(found) < 70, "phantoms are different pictures"
 
 
+def test_the_index_searches_among_chosen_rows_only(planted):
+    rows = np.array([1, 5, 240, 241, 245])
+    pairs = CopyIndex(planted, describe(planted), rows).search(0, 5)
+    assert set(zip(pairs.left_P.tolist(), pairs.right_P.tolist(), strict=True)) == {
+        (1, 241),
+        (5, 245),
+    }
+
+
 def test_a_pair_says_how_the_left_is_turned_into_the_right():
     image = phantom_slice("glioma", 3, 64)
     pixels = np.stack([image, *(transformed(image, k) for k in range(8))])
@@ -112,10 +136,11 @@ def test_a_pair_says_how_the_left_is_turned_into_the_right():
     assert (pairs.correlation_P <= 1).all()
 
 
-def test_flat_thumbnails_have_no_copies():
+def test_flat_thumbnails_have_no_copies_and_cost_nothing():
     pixels = np.zeros((3, 64, 64), np.uint8)
     pixels[2] = 200
-    assert len(CopyIndex(pixels, describe(pixels)).search(0, 3)) == 0
+    index = CopyIndex(pixels, describe(pixels))
+    assert len(index) == len(index.search(0, 3)) == 0
     assert not correlations(pixels, pixels).any()
 
 
@@ -194,6 +219,7 @@ def test_a_filled_in_docket_settles_conflicts(tmp_path):
         ("", "no column decision and scan_id"),
         ("scan_id,decision\na,perhaps\nb,glioma\nc,hm\n", "line 2: 'perhaps'; line 4: 'hm'"),
         ("scan_id,decision\na,drop\na,glioma\n", "line 3: scan a was decided otherwise"),
+        ('scan_id,decision\na,"dr', "not a CSV file"),
         ("scan_id,decision\na,tumor\n", "'tumor'; a decision is one of glioma, meningioma"),
     ],
 )
@@ -202,6 +228,19 @@ def test_a_docket_that_cannot_be_obeyed_is_refused_with_every_fault(tmp_path, te
     docket.write_text(text)
     with pytest.raises(UsageError, match=complaint):
         copies.read_docket(str(docket), LABEL_SPACES["four_class"])
+
+
+def test_a_docket_is_safe_in_a_spreadsheet_and_kept_when_it_holds_decisions(tmp_path):
+    catalog = catalog_of(("a", "glioma"), ("a", "pituitary"))
+    catalog = catalog.set_column(1, "member", pa.array(["=HYPERLINK(1)/a.png", "b.png"]))
+    docket = tmp_path / "docket.csv"
+    assert not copies.has_decisions(str(docket))
+    docket.write_bytes(copies.docket_csv(catalog, [[0, 1]]))
+    assert ",'=HYPERLINK(1)/a.png," in docket.read_text()
+    assert not copies.has_decisions(str(docket))
+    docket.write_bytes(copies.docket_csv(catalog, [[0, 1]], {"scan1": "drop"}))
+    assert copies.has_decisions(str(docket))
+    assert copies.read_docket(str(docket), LABEL_SPACES["four_class"]) == {"scan1": "drop"}
 
 
 def test_a_docket_of_another_source_or_of_no_file_is_refused(tmp_path):

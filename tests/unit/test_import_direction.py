@@ -30,6 +30,7 @@ ONLY_IN = {
     "timm": ("bt_core/models/backbones.py",),
     "fastapi": ("serve/",),
     "ray": (
+        "bt_core/data/guard.py",
         "bt_core/data/pipeline.py",
         "bt_core/data/views.py",
         "bt_core/training/worker.py",

@@ -143,12 +143,19 @@ def test_the_given_split_is_kept_and_its_copies_in_training_are_marked():
     table = assign_splits(families(50, given_split=given_split), SplitPlan(by="given")).to_pydict()
     assert [s == "test" for s in table["split"]] == [s == "test" for s in given_split]
     assert 0.1 < Counter(table["split"])["validation"] / 70 < 0.25
-    for i, copied in enumerate(table["copy_in_training"]):
-        is_copy = table["split"][i] == "test" and 60 <= i < 80
-        assert copied == (is_copy and table["split"][i - 1] == "train")
-    assert sum(table["copy_in_training"]) >= 5
+    copied = [60 <= i < 80 and split == "test" for i, split in enumerate(given_split)]
+    assert table["copy_in_training"] == copied
+    assert set(table["split"][60:80:2]) == {"train"}, "validation chooses: it sees no test scan"
     with pytest.raises(SourceError, match="100 of 100 are not"):
         assign_splits(families(50), SplitPlan(by="given"))
+
+
+def test_copies_across_a_given_validation_split_are_marked_too():
+    given_split = ["train"] * 80 + ["validation", "test"] * 5 + ["train", "validation"] * 5
+    table = assign_splits(families(50, given_split=given_split), SplitPlan(by="given")).to_pydict()
+    assert table["split"] == given_split
+    marked = [i for i, copied in enumerate(table["copy_in_training"]) if copied]
+    assert marked == [81, 83, 85, 87, 89, 91, 93, 95, 97, 99]
 
 
 def test_scans_of_an_earlier_dataset_keep_their_split_and_a_bridge_goes_to_training():
@@ -175,6 +182,12 @@ def test_the_deepest_known_folder_gives_the_label_and_the_given_split_is_kept():
     assert table["label"].to_pylist() == ["glioma", "no_tumor"]
     assert table["given_split"].to_pylist() == ["train", "test"]
     assert space.task == "four_class"
+
+
+def test_a_wrapper_named_like_a_split_decides_nothing():
+    members = ("test/Training/glioma/a.png", "test/Testing/no_tumor/b.png")
+    table, _ = label_refs(refs_of(*members), None)
+    assert table["given_split"].to_pylist() == ["train", "test"]
 
 
 def test_zips_made_on_windows_have_backslashes():
