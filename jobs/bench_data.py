@@ -147,9 +147,9 @@ def _audit_seconds(path: str) -> dict[str, Any]:
     with session():
         before, started = _peak_bytes(), time.perf_counter()
         refs = pa.table(ref_columns(list_scans(path).refs))
-        catalog, thumbnails, descriptors = describe_scans(refs, FamilyStage())
+        catalog, thumbnails, spectra = describe_scans(refs, FamilyStage())
         read = time.perf_counter()
-        pairs = find_copies(catalog, thumbnails, descriptors)
+        pairs = find_copies(catalog, thumbnails, spectra)
         searched = time.perf_counter()
         peak = _peak_bytes()
     names = [name.split(".")[0] for name in catalog["member"].to_pylist()]

@@ -4,12 +4,11 @@ Two scans are copies when the normalised correlation of their 64x64 thumbnails i
 under one of the 8 transforms of the square (the dihedral group D4). With thumbnails of zero mean
 and unit norm that is a distance of at most sqrt(2 - 2 * 0.98) = 0.2.
 
-The shortlist cannot miss one. A descriptor of the low DCT frequencies is used that (1) is the same
-for all 8 transforms and (2) never lies further apart than the thumbnails do, so a search with
-radius 0.2 around a descriptor finds every copy. A k-d tree over its leading principal components,
-which only shrinks distances further, keeps that search near-linear.
+The shortlist cannot miss one, since each of its steps only shrinks distances, and keeps what is
+within 0.2: a k-d tree over the leading principal components of numbers that no transform changes;
+then the low DCT frequencies under all 8 transforms; the thumbnails decide.
 
-Array names: N scans, P pairs, F = 64, D descriptor length.
+Array names: N scans, P pairs, F = 64, D length of a spectrum.
 """
 
 import itertools
@@ -42,11 +41,12 @@ TRANSFORMS: Final = (
 
 _FREQUENCIES: Final = 16
 _BAND_EDGES: Final = (16, 18, 20, 22, 24, 32, 40, 48, 56, 64)
-DESCRIPTOR_LENGTH: Final = _FREQUENCIES**2 - 1 + len(_BAND_EDGES) - 1
-_TREE_DIMENSIONS: Final = 32
+SPECTRUM_LENGTH: Final = _FREQUENCIES**2 + len(_BAND_EDGES) - 1
+_TREE_DIMENSIONS: Final = 64
+_TREE_ROWS: Final = 8192
 _RADIUS: Final = float(np.sqrt(2 - 2 * MIN_CORRELATION)) + 1e-4
 """With room for float32 rounding; the correlation decides in the end."""
-_PAIRS_AT_ONCE: Final = 512
+_PAIRS_AT_ONCE: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -94,20 +94,37 @@ def unit_thumbnails(pixels_NFF: np.ndarray) -> np.ndarray:
     return values * scale[:, None, None]
 
 
-def describe(pixels_NFF: np.ndarray) -> np.ndarray:
-    """Return the descriptors float32 (N, D) of uint8 thumbnails (N, F, F).
+def spectrum(pixels_NFF: np.ndarray) -> np.ndarray:
+    """Return float32 (N, D) of uint8 thumbnails (N, F, F): what tells them apart, shortly.
 
-    Under D4 a DCT coefficient (u, v) changes its sign by (-1)^u or (-1)^v, and changes places with
+    First the 16 x 16 lowest coefficients of the orthonormal DCT of `unit_thumbnails`, by rows, then
+    the norms of bands of the higher ones.
+    """
+    coefficients = scipy.fft.dctn(unit_thumbnails(pixels_NFF), axes=(1, 2), norm="ortho")
+    low = coefficients[:, :_FREQUENCIES, :_FREQUENCIES].reshape(len(pixels_NFF), -1)
+    higher = np.maximum(*np.mgrid[0 : THUMBNAIL.size_px, 0 : THUMBNAIL.size_px])
+    bands = [
+        np.linalg.norm(coefficients[:, (higher >= start) & (higher < stop)], axis=1)
+        for start, stop in itertools.pairwise(_BAND_EDGES)
+    ]
+    return np.concatenate([low, np.stack(bands, axis=1)], axis=1).astype(np.float32)
+
+
+def invariants(spectrum_ND: np.ndarray) -> np.ndarray:
+    """Return float32 (N, D): of a spectrum, what no flip or rotation changes.
+
+    Under D4 a coefficient (u, v) changes its sign by (-1)^u or (-1)^v, and changes places with
     (v, u). So for each such pair (a, b) two numbers stay: a+b and |a-b| where u and v are even,
     |a+b| and |a-b| where both are odd, the sorted |a|, |b| otherwise (sums divided by sqrt 2). The
-    energy of the higher frequencies adds the norms of bands. Each is a contraction of its own
-    coefficients, so the whole never increases a distance. The constant term is zero and left out.
+    norms of bands stay as they are. Each is a contraction of its own coefficients, so the whole
+    never increases a distance.
     """
-    c = scipy.fft.dctn(unit_thumbnails(pixels_NFF), axes=(1, 2), norm="ortho")
+    num_low = _FREQUENCIES**2
+    c = spectrum_ND[:, :num_low].reshape(-1, _FREQUENCIES, _FREQUENCIES)
     half = np.float32(np.sqrt(0.5))
     columns = []
     for u in range(_FREQUENCIES):
-        for v in range(max(u, 1), _FREQUENCIES):
+        for v in range(u, _FREQUENCIES):
             a, b = c[:, u, v], c[:, v, u]
             if u == v:
                 columns.append(np.abs(a) if u % 2 else a)
@@ -116,18 +133,40 @@ def describe(pixels_NFF: np.ndarray) -> np.ndarray:
             else:
                 total = (a + b) * half
                 columns += [np.abs(total) if u % 2 else total, np.abs(a - b) * half]
-    higher = np.maximum(*np.mgrid[0 : c.shape[1], 0 : c.shape[2]])
-    for low, high in itertools.pairwise(_BAND_EDGES):
-        band = c[:, (higher >= low) & (higher < high)]
-        columns.append(np.sqrt(np.einsum("nk,nk->n", band, band)))
-    return np.stack(columns, axis=1).astype(np.float32)
+    return np.concatenate([np.stack(columns, axis=1), spectrum_ND[:, num_low:]], axis=1)
+
+
+def spectrum_distances(left_PD: np.ndarray, right_PD: np.ndarray) -> np.ndarray:
+    """Return float32 (P,): the smallest distance of two spectra under the 8 transforms.
+
+    The distance of the thumbnails, under the same transform, is never smaller.
+    """
+    num_low = _FREQUENCIES**2
+    low_left, low_right = left_PD[:, :num_low], right_PD[:, :num_low]
+    parity = (-1.0) ** np.arange(_FREQUENCIES, dtype=np.float32)
+    one = np.ones_like(parity)
+    signs = [np.outer(u, v).ravel() for u in (one, parity) for v in (one, parity)]
+    signs_L4 = np.stack(signs, axis=1)
+    swapped = low_left.reshape(-1, _FREQUENCIES, _FREQUENCIES).transpose(0, 2, 1)
+    inner_P8 = np.concatenate(
+        [
+            (low_left * low_right) @ signs_L4,
+            (swapped.reshape(-1, num_low) * low_right) @ signs_L4,
+        ],
+        axis=1,
+    )
+    left_2, right_2 = (np.einsum("pd,pd->p", x, x) for x in (low_left, low_right))
+    bands = left_PD[:, num_low:] - right_PD[:, num_low:]
+    squared = left_2 + right_2 - 2 * inner_P8.max(axis=1) + np.einsum("pd,pd->p", bands, bands)
+    distances: np.ndarray = np.sqrt(np.maximum(squared, 0))
+    return distances
 
 
 @dataclass(frozen=True)
 class FamilyStage:
     """Turns rows of `REF_COLUMNS` into catalog rows with what the search for copies needs.
 
-    Adds to `DecodeStage`'s columns `thumbnail` uint8 (64, 64) and `descriptor` float32 (D,), both
+    Adds to `DecodeStage`'s columns `thumbnail` uint8 (64, 64) and `spectrum` float32 (D,), both
     zero where `reason` is not empty.
 
     Args:
@@ -144,13 +183,13 @@ class FamilyStage:
         """Process a batch; a scan that cannot be used gets a reason, never an exception."""
         result = self._decode(columns)
         thumbnails = result.pop("pixels_0")
-        return {**result, "thumbnail": thumbnails, "descriptor": describe(thumbnails)}
+        return {**result, "thumbnail": thumbnails, "spectrum": spectrum(thumbnails)}
 
     def set_aside(self, row: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
         """Return the full row of a scan that gave nothing, with its reason."""
         blank = self._decode.set_aside(row, reason, detail)
         blank["thumbnail"] = blank.pop("pixels_0")
-        return {**blank, "descriptor": np.zeros(DESCRIPTOR_LENGTH, np.float32)}
+        return {**blank, "spectrum": np.zeros(SPECTRUM_LENGTH, np.float32)}
 
 
 class CopyIndex:
@@ -161,7 +200,7 @@ class CopyIndex:
 
     Args:
         pixels_NFF: uint8 thumbnails (N, F, F), made with the spec `THUMBNAIL`.
-        descriptors_ND: what `describe` gives for them.
+        spectra_ND: what `spectrum` gives for them.
         rows: indices of the scans to search among, rising; None means all. Those whose thumbnail is
             flat have no copies, and are left out.
     """
@@ -169,20 +208,21 @@ class CopyIndex:
     def __init__(
         self,
         pixels_NFF: np.ndarray,
-        descriptors_ND: np.ndarray,
+        spectra_ND: np.ndarray,
         rows: np.ndarray | None = None,
     ) -> None:
         rows = np.arange(len(pixels_NFF)) if rows is None else rows
-        self.rows = rows[descriptors_ND[rows].any(axis=1)]
+        self.rows = rows[spectra_ND[rows].any(axis=1)]
         self.pixels_NFF = pixels_NFF
-        self.descriptors_ND = descriptors_ND
-        centred = descriptors_ND[self.rows]
+        self.spectra_ND = spectra_ND
+        centred = invariants(spectra_ND[self.rows])
         if len(self.rows):
             centred -= centred.mean(axis=0, keepdims=True)
         sample = centred[:: max(1, len(centred) // 20_000)]
         _, axes = np.linalg.eigh(sample.T @ sample)
         self._points = centred @ axes[:, ::-1][:, :_TREE_DIMENSIONS]
-        self._tree = cKDTree(self._points)
+        starts = range(0, len(self.rows), _TREE_ROWS)
+        self._trees = {at: cKDTree(self._points[at : at + _TREE_ROWS]) for at in starts}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -196,13 +236,16 @@ class CopyIndex:
         """Yield candidate pairs (P, 2), a few at a time."""
         for first in range(start, stop, 256):
             block = cKDTree(self._points[first : min(first + 256, stop)])
-            near = block.sparse_distance_matrix(self._tree, _RADIUS, output_type="ndarray")
-            pairs = np.stack([near["i"] + first, near["j"]], axis=1)
-            pairs = self.rows[pairs[pairs[:, 0] < pairs[:, 1]]]
-            for at in range(0, len(pairs), 65_536):
-                some = pairs[at : at + 65_536]
-                apart = self.descriptors_ND[some[:, 0]] - self.descriptors_ND[some[:, 1]]
-                yield some[np.einsum("pd,pd->p", apart, apart) <= _RADIUS**2]
+            for begin, tree in self._trees.items():
+                if begin + tree.n <= first:  # each pair is looked for once, from its first scan
+                    continue
+                near = block.sparse_distance_matrix(tree, _RADIUS, output_type="ndarray")
+                pairs = np.stack([near["i"] + first, near["j"] + begin], axis=1)
+                pairs = self.rows[pairs[pairs[:, 0] < pairs[:, 1]]]
+                for at in range(0, len(pairs), _PAIRS_AT_ONCE):
+                    some = pairs[at : at + _PAIRS_AT_ONCE]
+                    left, right = (self.spectra_ND[some[:, k]] for k in (0, 1))
+                    yield some[spectrum_distances(left, right) <= _RADIUS]
 
     def _verify(self, pairs_P2: np.ndarray) -> Pairs:
         parts = []

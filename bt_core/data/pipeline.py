@@ -21,7 +21,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from bt_core.data.decode_stage import Columns, DecodeStage, RowStage
 from bt_core.data.families import (
-    DESCRIPTOR_LENGTH,
+    SPECTRUM_LENGTH,
     THUMBNAIL,
     CopyIndex,
     FamilyStage,
@@ -110,12 +110,12 @@ def survey(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, Pairs]:
     Raises:
         RuntimeError: if rows were lost, which would be a defect of this program.
     """
-    catalog, thumbnails_NFF, descriptors_ND = describe_scans(refs, stage)
-    return catalog, find_copies(catalog, thumbnails_NFF, descriptors_ND)
+    catalog, thumbnails_NFF, spectra_ND = describe_scans(refs, stage)
+    return catalog, find_copies(catalog, thumbnails_NFF, spectra_ND)
 
 
 def describe_scans(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """Return the catalog as `survey` does, and its rows' thumbnails and descriptors.
+    """Return the catalog as `survey` does, and its rows' thumbnails and spectra.
 
     These are gathered here, 5 KB for each scan, and the search takes them once more to the object
     store.
@@ -123,19 +123,19 @@ def describe_scans(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, np.nda
     refs = refs.sort_by("scan_id")
     row_of = {scan_id: row for row, scan_id in enumerate(refs["scan_id"].to_pylist())}
     thumbnails_NFF = np.zeros((refs.num_rows, THUMBNAIL.size_px, THUMBNAIL.size_px), np.uint8)
-    descriptors_ND = np.zeros((refs.num_rows, DESCRIPTOR_LENGTH), np.float32)
+    spectra_ND = np.zeros((refs.num_rows, SPECTRUM_LENGTH), np.float32)
     tables = []
     for batch in decode(refs, stage).iter_batches(batch_size=None, batch_format="numpy"):
         rows = [row_of[scan_id] for scan_id in batch["scan_id"]]
         thumbnails_NFF[rows] = batch.pop("thumbnail")
-        descriptors_ND[rows] = batch.pop("descriptor")
+        spectra_ND[rows] = batch.pop("spectrum")
         tables.append(pa.table(batch))
     catalog = pa.concat_tables(tables, promote_options="permissive").sort_by("scan_id")
     check_rows(refs, catalog)
-    return catalog, thumbnails_NFF, descriptors_ND
+    return catalog, thumbnails_NFF, spectra_ND
 
 
-def find_copies(catalog: pa.Table, thumbnails_NFF: np.ndarray, descriptors_ND: np.ndarray) -> Pairs:
+def find_copies(catalog: pa.Table, thumbnails_NFF: np.ndarray, spectra_ND: np.ndarray) -> Pairs:
     """Find all copies among scans; the index is made once and searched over the cluster.
 
     Returns:
@@ -143,7 +143,7 @@ def find_copies(catalog: pa.Table, thumbnails_NFF: np.ndarray, descriptors_ND: n
         ones; see `data.families`.
     """
     exact, rows = exact_pairs(catalog["pixel_sha256"].to_pylist())
-    copies = CopyIndex(thumbnails_NFF, descriptors_ND, rows)
+    copies = CopyIndex(thumbnails_NFF, spectra_ND, rows)
     if len(copies) < 2:
         return exact
     configure()

@@ -10,18 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bt_core.data import copies
+from bt_core.data import copies, families
 from bt_core.data.families import (
-    DESCRIPTOR_LENGTH,
     MIN_CORRELATION,
+    SPECTRUM_LENGTH,
     THUMBNAIL,
     TRANSFORMS,
     CopyIndex,
     Pairs,
     correlations,
-    describe,
     exact_pairs,
+    invariants,
     join_components,
+    spectrum,
+    spectrum_distances,
     transformed,
     unit_thumbnails,
 )
@@ -32,6 +34,10 @@ from bt_core.scans.preprocess import preprocess_pixels
 
 waves = st.tuples(st.integers(0, 6), st.integers(0, 6), st.floats(0.5, 40), st.integers(0, 99))
 thumbnails = hnp.arrays(np.uint8, (2, 64, 64), elements=st.integers(0, 255), fill=st.integers(0, 3))
+
+
+def invariants_of(pixels_NFF):
+    return invariants(spectrum(pixels_NFF))
 
 
 def thumbnail(image):
@@ -70,15 +76,17 @@ def planted():
 
 
 @given(thumbnails, st.integers(0, 7))
-def test_a_descriptor_ignores_turns_and_never_lies_further_apart_than_the_thumbnails(pair, k):
+def test_invariants_ignore_turns_and_lie_no_further_apart_than_the_thumbnails(pair, k):
     one, other = pair[:1], pair[1:]
-    turned = describe(transformed(one, k))
-    assert turned.shape == (1, DESCRIPTOR_LENGTH)
-    np.testing.assert_allclose(turned, describe(one), atol=2e-5)
-    distance = np.linalg.norm(describe(one) - describe(other))
+    turned = invariants_of(transformed(one, k))
+    assert turned.shape == (1, SPECTRUM_LENGTH)
+    np.testing.assert_allclose(turned, invariants_of(one), atol=2e-5)
+    distance = np.linalg.norm(invariants_of(one) - invariants_of(other))
+    nearest = spectrum_distances(spectrum(one), spectrum(other))[0]
+    assert distance <= nearest + 1e-4
     for j in range(8):
         apart = unit_thumbnails(transformed(one, j)) - unit_thumbnails(other)
-        assert distance <= np.linalg.norm(apart) + 1e-4
+        assert nearest <= np.linalg.norm(apart) + 1e-4
 
 
 @given(waves, st.integers(0, 7))
@@ -90,9 +98,10 @@ def test_near_copies_stay_within_the_bound(wave, k):
     wave = amplitude * np.cos(np.pi * u * y / 64) * np.cos(np.pi * v * x / 64)
     one, other = (np.clip(a, 0, 255).astype(np.uint8)[None] for a in (noise, noise + wave))
     other = transformed(other, k)
-    distance = np.linalg.norm(describe(one) - describe(other))
-    apart = unit_thumbnails(transformed(one, k)) - unit_thumbnails(other)
-    assert distance <= np.linalg.norm(apart) + 1e-4
+    distance = np.linalg.norm(invariants_of(one) - invariants_of(other))
+    apart = np.linalg.norm(unit_thumbnails(transformed(one, k)) - unit_thumbnails(other))
+    nearest = spectrum_distances(spectrum(one), spectrum(other))[0]
+    assert distance - 1e-4 <= nearest <= apart + 1e-4
 
 
 def test_the_transforms_are_the_eight_symmetries_and_named_right():
@@ -108,7 +117,7 @@ def test_the_transforms_are_the_eight_symmetries_and_named_right():
 
 
 def test_the_index_finds_exactly_what_all_pairs_give(planted):
-    index = CopyIndex(planted, describe(planted))
+    index = CopyIndex(planted, spectrum(planted))
     pairs = Pairs.concatenate([index.search(0, 100), index.search(100, 300)])
     found = set(zip(pairs.left_P.tolist(), pairs.right_P.tolist(), strict=True))
     assert found == all_pairs(planted)
@@ -116,9 +125,18 @@ def test_the_index_finds_exactly_what_all_pairs_give(planted):
     assert len(found) < 70, "phantoms are different pictures"
 
 
+def test_several_trees_find_what_one_finds(planted, monkeypatch):
+    monkeypatch.setattr(families, "_TREE_ROWS", 70)
+    index = CopyIndex(planted, spectrum(planted))
+    pairs = Pairs.concatenate([index.search(at, at + 100) for at in (0, 100, 200)])
+    found = set(zip(pairs.left_P.tolist(), pairs.right_P.tolist(), strict=True))
+    assert len(found) == len(pairs)
+    assert found == all_pairs(planted)
+
+
 def test_the_index_searches_among_chosen_rows_only(planted):
     rows = np.array([1, 5, 240, 241, 245])
-    pairs = CopyIndex(planted, describe(planted), rows).search(0, 5)
+    pairs = CopyIndex(planted, spectrum(planted), rows).search(0, 5)
     assert set(zip(pairs.left_P.tolist(), pairs.right_P.tolist(), strict=True)) == {
         (1, 241),
         (5, 245),
@@ -128,7 +146,7 @@ def test_the_index_searches_among_chosen_rows_only(planted):
 def test_a_pair_says_how_the_left_is_turned_into_the_right():
     image = phantom_slice("glioma", 3, 64)
     pixels = np.stack([image, *(transformed(image, k) for k in range(8))])
-    pairs = CopyIndex(pixels, describe(pixels)).search(0, 1)
+    pairs = CopyIndex(pixels, spectrum(pixels)).search(0, 1)
     assert dict(zip(pairs.right_P.tolist(), pairs.transform_P.tolist(), strict=True)) == {
         k + 1: k for k in range(8)
     }
@@ -139,7 +157,7 @@ def test_a_pair_says_how_the_left_is_turned_into_the_right():
 def test_flat_thumbnails_have_no_copies_and_cost_nothing():
     pixels = np.zeros((3, 64, 64), np.uint8)
     pixels[2] = 200
-    index = CopyIndex(pixels, describe(pixels))
+    index = CopyIndex(pixels, spectrum(pixels))
     assert len(index) == len(index.search(0, 3)) == 0
     assert not correlations(pixels, pixels).any()
 
