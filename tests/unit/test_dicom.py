@@ -104,6 +104,15 @@ def assert_close(scan: DecodedScan, expected: np.ndarray) -> None:
             (PERCENTILE_STEP,),
             id="width without center",
         ),
+        *(
+            pytest.param(
+                lambda width=width: dicom_object(STORED, WindowCenter=2000, WindowWidth=width),
+                between_percentiles(STORED),
+                ("window without a width ignored", PERCENTILE_STEP),
+                id=f"window of width {width}",
+            )
+            for width in (0, -100, 0.5)
+        ),
         pytest.param(
             lambda: dicom_object(SIGNED),
             between_percentiles(SIGNED),
@@ -197,6 +206,18 @@ def test_stored_values_become_the_displayed_grey(
     assert_close(scan, expected)
     assert scan.steps == steps
     assert scan.bit_depth == (8 if "colour to grey" in steps else 12)
+
+
+@pytest.mark.parametrize("entries", [256, 255])
+@pytest.mark.parametrize("dtype", ["u1", "<u2"])
+def test_a_voi_table_of_8_bits_may_be_packed(dtype: str, entries: int) -> None:
+    table = item()
+    table.add_new("LUTDescriptor", "US", [entries, 0, 8])
+    content = (255 - np.arange(entries)).astype(dtype).tobytes()
+    table.add_new("LUTData", "OW", content + b"\0" * (len(content) % 2))
+    scan = decode_scan(dicom_object(STORED8, VOILUTSequence=[table]))
+    assert_close(scan, 255.0 - np.minimum(STORED8, entries - 1))
+    assert scan.steps == (WINDOW_STEP,)
 
 
 def test_monochrome1_is_the_negative_of_monochrome2() -> None:
@@ -464,7 +485,22 @@ def test_padding_is_black_and_out_of_the_percentiles(
     inside = between_percentiles(np.where(stored == stored[0, 0], np.nan, stored.astype(float)))
     inside = 255 - inside if photometric == "MONOCHROME1" else inside
     assert_close(scan, np.where(np.isnan(inside), 0, inside))
-    assert scan.steps[-1] == "padding pixels black"
+    inverted = ["MONOCHROME1 inverted"] if photometric == "MONOCHROME1" else []
+    assert scan.steps == (PERCENTILE_STEP, *inverted, "padding pixels black")
+
+
+def test_only_values_that_are_not_finite_are_counted_as_such() -> None:
+    stored = STORED.copy()
+    stored[:, :8] = 7
+    slope = 1e35  # of the stored values, those over 3402 times this do not fit into float32
+    stored[20, 20:25] = 4000
+    tags = {"PixelPaddingValue": 7, "RescaleSlope": slope, "RescaleIntercept": 0}
+    scan = decode_scan(dicom_object(stored, **tags))
+    assert scan.steps[1:] == (
+        "5 values that are not finite left out",
+        PERCENTILE_STEP,
+        "padding pixels black",
+    )
 
 
 def test_signed_padding_written_as_unsigned() -> None:
