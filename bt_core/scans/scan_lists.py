@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from bt_core import storage
 from bt_core.errors import SourceError, UsageError
-from bt_core.scans.identity import keyed_hash
+from bt_core.scans.identity import patient_hash
 from bt_core.scans.limits import Limits
 from bt_core.scans.members import Lister, ScanRef
 
@@ -31,7 +31,8 @@ def read_list(source: str, given: Limits, hash_key: bytes | None) -> Lister:
     Args:
         source: the table.
         given: how many rows it may have.
-        hash_key: key for the hashes that stand for the patients; None leaves them out.
+        hash_key: key for the hashes that stand for the patients (`identity.patient_hash`, which
+            gives none for placeholders such as ANONYMOUS); None leaves them out.
 
     Raises:
         SourceError: if the table cannot be read, is too long, has no column of paths, or one of
@@ -48,7 +49,7 @@ def read_list(source: str, given: Limits, hash_key: bytes | None) -> Lister:
             raise SourceError(
                 f"{storage.redact(source)}, row {number} without the header: {error}"
             ) from None
-        hashed = keyed_hash(patient, hash_key) if patient and hash_key else ""
+        hashed = patient_hash(patient, hash_key)
         lister.append(ScanRef(lister.next_id(path), uri, member, -1, label, split, hashed))
     return lister
 

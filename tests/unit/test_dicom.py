@@ -16,12 +16,14 @@ from pydicom.uid import (
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     RLELossless,
+    SecondaryCaptureImageStorage,
 )
 
 from bt_core.errors import ScanError
 from bt_core.scans import dicom
+from bt_core.scans.decoded import BURNED_IN
 from bt_core.scans.formats import DecodedScan, decode_scan
-from bt_core.scans.identity import keyed_hash
+from bt_core.scans.identity import keyed_hash, patient_hash
 from tests.scan_files import (
     BT601,
     RGB,
@@ -525,6 +527,42 @@ def test_the_patient_leaves_only_as_a_keyed_hash() -> None:
         scan.patient,
         "",
     )
+
+
+PLACEHOLDERS = [
+    "ANONYMOUS", "anon", " Anonymized ", "0", "00000000", "0-0", "UNKNOWN", "NONE", "NA", "N/A",
+    "-", "TEST", "Patient", "DE-IDENTIFIED", "DEIDENTIFIED", "REMOVED", "***",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("patient", PLACEHOLDERS)
+def test_a_placeholder_does_not_make_one_patient_of_many(patient: str) -> None:
+    scan = decode_scan(dicom_object(STORED, PatientID=patient), hash_key=KEY)
+    assert scan.patient == patient_hash(patient, KEY) == ""
+    assert scan.steps[-1] == "placeholder for the patient ignored"
+
+
+@pytest.mark.parametrize("patient", ["ANON0001", "1", "TEST-2", "0010", "Patient 7", "Ж", "Nah"])
+def test_what_names_one_patient_is_no_placeholder(patient: str) -> None:
+    assert patient_hash(patient, KEY) == keyed_hash(patient, KEY)
+    assert patient_hash(patient, None) == ""
+
+
+@pytest.mark.parametrize(
+    ("stated", "steps"),
+    [
+        ("YES", (PERCENTILE_STEP, BURNED_IN)),
+        ("YES ", (PERCENTILE_STEP, BURNED_IN)),
+        ("NO", (PERCENTILE_STEP,)),
+        (None, (PERCENTILE_STEP,)),
+    ],
+)
+def test_a_burned_in_annotation_is_said_if_the_object_states_it(
+    stated: str | None, steps: tuple[str, ...]
+) -> None:
+    tags = {"SOPClassUID": SecondaryCaptureImageStorage, "BurnedInAnnotation": stated}
+    assert decode_scan(dicom_object(STORED, **tags)).steps == steps
+    assert decode_scan(dicom_object(STORED, SOPClassUID=tags["SOPClassUID"])).steps == steps[:1]
 
 
 def test_a_directory_is_never_followed(monkeypatch: pytest.MonkeyPatch) -> None:
