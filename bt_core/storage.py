@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, BinaryIO, Final
+from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
@@ -20,8 +21,13 @@ from pyarrow import fs
 
 from bt_core.errors import UsageError
 
-PASSWORD: Final = re.compile(r"://[^/@]*:(?!\d+/)[^@]*@")
+_PASSWORD: Final = re.compile(r"(?:(?<=s3)://[^/@]*:|://[^/@]*:(?!\d+/))[^@]*@")
 """A URI with `user:password@`; the password may hold slashes, as keys of S3 do."""
+_SECRET_ENDINGS: Final = (
+    "signature", "sig", "token", "secret", "password", "passwd", "pwd", "credential",
+    "credentials", "key", "keyid", "auth", "authorization",
+)  # fmt: skip
+"""How names of secrets in a query end, without case and punctuation, as in `X-Amz-Signature`."""
 
 
 def is_uri(location: str) -> bool:
@@ -38,8 +44,22 @@ def redact(location: str) -> str:
     """Return a location for messages: a URI without user, password and query (signatures)."""
     if not is_uri(location):
         return location
-    without_user = re.sub(r"://[^/@]*@", "://***@", PASSWORD.sub("://***@", location))
+    without_user = re.sub(r"://[^/@]*@", "://***@", _PASSWORD.sub("://***@", location))
     return re.sub(r"\?.*", "?***", without_user, flags=re.DOTALL)
+
+
+def refuse_secrets(location: str) -> None:
+    """Raise UsageError, which does not quote it, if a URI holds a password or signs itself."""
+    if not is_uri(location):
+        return
+    queries = re.split("[?&;#]", location.partition("?")[2])
+    names = (re.sub(r"[\W_]", "", unquote(part.partition("=")[0])) for part in queries)
+    if _PASSWORD.search(location) or any(n.lower().endswith(_SECRET_ENDINGS) for n in names):
+        raise UsageError(
+            f"{redact(location)} holds a password, key or signature, which would be written into "
+            "every result; give credentials by the environment (AWS_ACCESS_KEY_ID, ...) or a file "
+            "of your client, or download the scans first"
+        )
 
 
 def filesystem(location: str) -> tuple[fs.FileSystem, str]:

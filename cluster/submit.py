@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from bt_core import storage
 from bt_core.errors import EXIT_FAILED, EXIT_OK, UsageError
 from bt_core.log import logger
+from bt_core.scans import limits
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -29,8 +31,11 @@ def submit(address: str, module: str, arguments: list[str]) -> int:
         arguments: its words; paths must be visible on the cluster.
 
     Raises:
-        UsageError: if the cluster cannot be reached or refuses the token.
+        UsageError: if the cluster cannot be reached or refuses the token, or if an argument holds a
+            secret: the dashboard shows the arguments of a job to everyone.
     """
+    for word in arguments:
+        storage.refuse_secrets(word)
     client = _client(address)
     entrypoint = shlex.join(["python", "-m", module, *arguments])
     job = client.submit_job(entrypoint=entrypoint, runtime_env=_runtime_env())
@@ -76,11 +81,27 @@ def _client(address: str) -> "JobSubmissionClient":
 
 def _runtime_env() -> dict[str, object]:
     """Upload the checkout that this runs from; an installed package must be there already."""
+    variables = _variables()
+    environment: dict[str, object] = {"env_vars": variables} if variables else {}
     root = Path(__file__).resolve().parent.parent
     if not (root / "pyproject.toml").is_file():
-        return {}
+        return environment
     others = [f"/{path.name}" for path in root.iterdir() if path.name not in _UPLOADED]
-    return {"working_dir": str(root), "excludes": [*others, "**/__pycache__"]}
+    return {"working_dir": str(root), "excludes": [*others, "**/__pycache__"], **environment}
+
+
+def _variables() -> dict[str, str]:
+    """Return what the job takes along of the user's environment: nothing that is secret."""
+    if "BT_HASH_KEY" in os.environ:
+        logger.warning(
+            "BT_HASH_KEY is not sent, since the dashboard shows a job's settings to everyone; put "
+            "the key into a file on the cluster's nodes and name it by BT_HASH_KEY_FILE"
+        )
+    variables = {name: os.environ[name] for name in limits.VARIABLES if name in os.environ}
+    if location := os.environ.get("BT_HASH_KEY_FILE"):
+        storage.refuse_secrets(location)
+        variables["BT_HASH_KEY_FILE"] = storage.absolute(location)
+    return variables
 
 
 async def _stream(client: "JobSubmissionClient", job: str) -> None:

@@ -65,14 +65,10 @@ def list_scans(source: str, hash_key: bytes | None = None) -> Listing:
 
     Raises:
         SourceError: if the source is missing, of another kind, empty, over the limits, or a zip
-            whose members overlap (a bomb).
-        UsageError: if the URI cannot be opened, or holds a password.
+            whose members overlap (a bomb), or a list of which a row holds a secret.
+        UsageError: if the URI cannot be opened, or holds a secret (`storage.refuse_secrets`).
     """
-    if storage.PASSWORD.search(source):
-        raise UsageError(
-            f"{storage.redact(source)} holds a password, which would be written into every result; "
-            "give it by the environment (AWS_ACCESS_KEY_ID, ...) or a file of your client"
-        )
+    storage.refuse_secrets(source)
     source = storage.absolute(source)
     given = limits()
     try:

@@ -18,6 +18,9 @@ MAX_DECODE_BYTES: Final = 2 * 1024**3
 BURNED_IN: Final = "burned-in annotation stated"
 """Step of a scan whose header says that its pixels hold text, which may name a person."""
 
+BURNED_IN: Final = "burned-in annotation stated"
+"""The step of a DICOM object which says that its pixels show text, maybe the patient's name."""
+
 
 @dataclass(frozen=True)
 class DecodedScan:
@@ -28,10 +31,12 @@ class DecodedScan:
         format: `PNG`, `JPEG`, `BMP`, `TIFF`, `WEBP`, `DICOM` or `NIFTI`, from the content, not the
             name.
         bit_depth: bits of one stored sample.
-        steps: what was applied, in order, for example `colour to grey`. No header value but sizes.
+        steps: what was applied, in order, for example `colour to grey`, and what was found, such as
+            `BURNED_IN`. No header value but sizes.
         num_frames: frames of a DICOM object, slices of a NIfTI volume along the axis that was cut.
         frame_index: which of them this is, from 0: the middle one, `num_frames // 2`.
-        patient: keyed hash of the DICOM PatientID; empty without one, or without a key.
+        patient: keyed hash of the DICOM PatientID; empty without one, without a key, and for
+            placeholders that stand for many (`identity.is_placeholder`).
     """
 
     image_HW: np.ndarray

@@ -39,9 +39,9 @@ from bt_core.scans.codestream import (
     jpeg_ends_early,
     jpeg_header,
 )
-from bt_core.scans.decoded import MAX_FRAME_BYTES, DecodedScan, check_bytes, check_size
+from bt_core.scans.decoded import BURNED_IN, MAX_FRAME_BYTES, DecodedScan, check_bytes, check_size
 from bt_core.scans.dicom_render import render
-from bt_core.scans.identity import keyed_hash
+from bt_core.scans.identity import is_placeholder, patient_hash
 
 MAX_DICOM_BYTES: Final = 512 * 1024**2
 """All frames of one object, decoded."""
@@ -75,7 +75,8 @@ def decode(content: bytes, hash_key: bytes | None = None) -> DecodedScan:
 
     Args:
         content: the whole file.
-        hash_key: key of the patient's hash; None leaves it empty.
+        hash_key: key of the patient's hash, which is empty for None and for placeholders such as
+            ANONYMOUS (`identity.is_placeholder`).
 
     Raises:
         ScanError: with a reason code and no header value but sizes and registered names.
@@ -92,6 +93,10 @@ def decode(content: bytes, hash_key: bytes | None = None) -> DecodedScan:
         patient = str(dataset.get("PatientID") or "").strip()
         if num_frames > 1:
             steps.insert(0, f"frame {index + 1} of {num_frames}")
+        if patient and is_placeholder(patient):
+            steps.append("placeholder for the patient ignored")
+        if str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES":
+            steps.append(BURNED_IN)
         return DecodedScan(
             image_HW,
             "DICOM",
@@ -99,7 +104,7 @@ def decode(content: bytes, hash_key: bytes | None = None) -> DecodedScan:
             tuple(steps),
             num_frames,
             index,
-            keyed_hash(patient, hash_key) if patient and hash_key else "",
+            patient_hash(patient, hash_key),
         )
 
 

@@ -16,10 +16,11 @@ def render(
 ) -> tuple[np.ndarray, list[str]]:
     """Return the displayed image_HW uint8 of one frame, and the steps that were applied.
 
-    Grey: modality LUT or rescale, then the VOI LUT or the first window (percentiles without one),
-    then MONOCHROME1 is inverted; padding pixels are left out of the percentiles and become black.
-    Values of the frame's own functional groups go before the object's. Colour becomes grey.
-    Pixels that are not square by the stated spacing or aspect ratio are made so.
+    Grey: modality LUT or rescale, then the VOI LUT or the first window (percentiles without one
+    or if it has no width), then MONOCHROME1 is inverted; padding pixels are left out of the
+    percentiles and become black. Values of the frame's own functional groups go before the
+    object's. Colour becomes grey. Pixels that are not square by the stated spacing or aspect ratio
+    are made so.
 
     Args:
         dataset: the object.
@@ -57,17 +58,8 @@ def _grey(
         modality.get("RescaleIntercept"),
     ):
         steps.append("modality LUT")
-    voi = _group(dataset, index, "FrameVOILUTSequence")
-    if voi.get("VOILUTSequence"):
-        image_HW = _look_up(values, voi.VOILUTSequence[0])
-        steps.append("VOI LUT or window")
-    elif None not in (voi.get("WindowCenter"), voi.get("WindowWidth")):
-        image_HW = _window(values, voi)
-        steps.append("VOI LUT or window")
-    else:
-        if padding is not None:
-            values = np.where(padding, np.float32(np.nan), values)
-        image_HW = scale_by_percentiles(values, steps)
+    shown_HW = _apply_voi(values, _group(dataset, index, "FrameVOILUTSequence"), steps)
+    image_HW = scale_by_percentiles(values, steps, padding) if shown_HW is None else shown_HW
     if photometric == "MONOCHROME1":
         image_HW = 255 - image_HW
         steps.append("MONOCHROME1 inverted")
@@ -75,6 +67,22 @@ def _grey(
         image_HW[padding] = 0
         steps.append("padding pixels black")
     return image_HW, steps
+
+
+def _apply_voi(values: np.ndarray, voi: pydicom.Dataset, steps: list[str]) -> np.ndarray | None:
+    """Apply the VOI LUT, else the first window; None if neither is stated in a usable way."""
+    if voi.get("VOILUTSequence"):
+        image_HW = _look_up(values, voi.VOILUTSequence[0])
+    elif None in (voi.get("WindowCenter"), voi.get("WindowWidth")):
+        return None
+    else:
+        windowed_HW = _window(values, voi)
+        if windowed_HW is None:  # some exporters write 0 where they know none
+            steps.append("window without a width ignored")
+            return None
+        image_HW = windowed_HW
+    steps.append("VOI LUT or window")
+    return image_HW
 
 
 def _group(dataset: pydicom.Dataset, index: int, keyword: str) -> pydicom.Dataset:
@@ -126,20 +134,24 @@ def _palette(stored: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
 def _look_up(values: np.ndarray, item: pydicom.Dataset) -> np.ndarray:
     """Apply a VOI LUT; pydicom 3.0 wraps the indices of tables with 8-bit entries."""
     entries, first, bits = item.LUTDescriptor
-    data = item.LUTData
-    table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.asarray(data)
-    index = np.clip(np.rint(values) - first, 0, min(entries or 2**16, len(table)) - 1)
+    entries = entries or 2**16
+    table = item.LUTData
+    if isinstance(table, bytes):  # entries of 8 bits may be two to a word, padded to an even number
+        is_packed = bits <= 8 and len(table) <= entries + 1
+        table = np.frombuffer(table, np.uint8 if is_packed else "<u2")
+    table = np.asarray(table)
+    index = np.clip(np.rint(values) - first, 0, min(entries, len(table)) - 1)
     return to_uint8(table[index.astype(int)], 0.0, float(2**bits - 1))
 
 
-def _window(values: np.ndarray, voi: pydicom.Dataset) -> np.ndarray:
-    """Apply the first window: PS3.3 C.11.2.1.2 and C.11.2.1.3."""
+def _window(values: np.ndarray, voi: pydicom.Dataset) -> np.ndarray | None:
+    """Apply the first window: PS3.3 C.11.2.1.2 and C.11.2.1.3; None if it has no valid width."""
     center, width = (
         float(np.ravel(voi[name].value)[0]) for name in ("WindowCenter", "WindowWidth")
     )
     function = str(voi.get("VOILUTFunction") or "LINEAR").upper()
-    if width < (1 if function == "LINEAR" else 1e-9):
-        raise ScanError("corrupt_image", "window without a width")
+    if not (1 if function == "LINEAR" else 1e-9) <= width < np.inf:
+        return None
     if function == "SIGMOID":
         slope = (values.astype(np.float64) - center) * (-4 / width)
         return to_uint8(1 / (1 + np.exp(slope)), 0.0, 1.0)

@@ -12,6 +12,13 @@ from bt_core.errors import UsageError
 
 _MIN_KEY_BYTES: Final = 16
 """A shorter key could be found by trying, and with it the names behind the hashes."""
+_PLACEHOLDERS: Final = frozenset({
+    "anon", "anonym", "anonymised", "anonymized", "anonymous", "anonymouspatient", "blank",
+    "deidentified", "deleted", "dummy", "na", "nan", "noid", "noname", "none", "notavailable",
+    "null", "patient", "patientid", "redacted", "removed", "test", "testpatient", "undefined",
+    "unknown", "unknownpatient", "xxx", "xxxx",
+})  # fmt: skip
+"""What anonymizers and exporters write for every patient alike; compared by `is_placeholder`."""
 
 
 def hash_key() -> tuple[bytes, bool]:
@@ -37,6 +44,24 @@ def hash_key() -> tuple[bytes, bool]:
             f"({type(error).__name__}); let it name a file with a secret of at least 16 bytes"
         ) from error
     return _checked(content, "the file of BT_HASH_KEY_FILE"), True
+
+
+def patient_hash(patient: str, key: bytes | None) -> str:
+    """Return the `keyed_hash` of a patient's identifier without the white space around it.
+
+    It is empty for a placeholder (`is_placeholder`) and without a key.
+    """
+    return "" if key is None or is_placeholder(patient) else keyed_hash(patient.strip(), key)
+
+
+def is_placeholder(patient: str) -> bool:
+    """Return whether an identifier stands for no one, so that equal ones do not tell one patient.
+
+    These are the words of a closed set (ANONYMOUS, UNKNOWN, N/A, REMOVED, ...) whatever their case
+    and punctuation, zeros only, punctuation only, and the empty text.
+    """
+    plain = "".join(filter(str.isalnum, patient)).lower()
+    return plain in _PLACEHOLDERS or not plain.strip("0")
 
 
 def keyed_hash(value: str, key: bytes) -> str:

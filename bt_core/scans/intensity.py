@@ -44,13 +44,23 @@ def to_uint8(
         return values.astype(np.uint8)
 
 
-def scale_by_percentiles(image_HW: np.ndarray, steps: list[str]) -> np.ndarray:
-    """Scale by `to_uint8`, and say so in `steps`, with the number of values that are not finite."""
+def scale_by_percentiles(
+    image_HW: np.ndarray, steps: list[str], padding_HW: np.ndarray | None = None
+) -> np.ndarray:
+    """Scale by `to_uint8`, and say so in `steps`, with the number of values that are not finite.
+
+    Args:
+        image_HW: any real dtype.
+        steps: is appended to.
+        padding_HW: bool, where the values are none of the picture: left out of the percentiles.
+    """
     if image_HW.dtype.kind == "f":
         with np.errstate(over="ignore"):
             num_bad = image_HW.size - np.count_nonzero(np.isfinite(image_HW.astype(np.float32)))
         if num_bad:
             steps.append(f"{num_bad} values that are not finite left out")
+    if padding_HW is not None:
+        image_HW = np.where(padding_HW, np.float32(np.nan), image_HW)
     steps.append("percentile scaling to 8 bit")
     return to_uint8(image_HW)
 

@@ -1,7 +1,7 @@
 """What a source may hold at most; each limit can be set by an environment variable.
 
 On a cluster, the two that are checked while reading (`BT_MAX_MEMBER_BYTES`, `BT_MAX_RATIO`) must be
-set where the workers run.
+set where the workers run; a command given `--submit` takes all of them along.
 """
 
 import os
@@ -33,7 +33,7 @@ class Limits:
     max_ratio: int = 200
 
 
-_VARIABLES: Final = ("BT_MAX_MEMBERS", "BT_MAX_TOTAL_BYTES", "BT_MAX_MEMBER_BYTES", "BT_MAX_RATIO")
+VARIABLES: Final = ("BT_MAX_MEMBERS", "BT_MAX_TOTAL_BYTES", "BT_MAX_MEMBER_BYTES", "BT_MAX_RATIO")
 
 
 def limits() -> Limits:
@@ -42,14 +42,14 @@ def limits() -> Limits:
     Raises:
         UsageError: if a variable is not a positive whole number.
     """
-    return _parse(tuple(os.environ.get(name) for name in _VARIABLES))
+    return _parse(tuple(os.environ.get(name) for name in VARIABLES))
 
 
 @lru_cache(maxsize=8)
 def _parse(values: tuple[str | None, ...]) -> Limits:
     default = Limits()
     result = []
-    for name, value in zip(_VARIABLES, values, strict=True):
+    for name, value in zip(VARIABLES, values, strict=True):
         if value is not None and not (value.isascii() and value.isdigit() and int(value[:19]) > 0):
             raise UsageError(f"{name} is {value!r}; set it to a positive whole number")
         result.append(int(value[:19]) if value else getattr(default, name[3:].lower()))

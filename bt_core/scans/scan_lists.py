@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bt_core import storage
-from bt_core.errors import SourceError
-from bt_core.scans.identity import keyed_hash
+from bt_core.errors import SourceError, UsageError
+from bt_core.scans.identity import patient_hash
 from bt_core.scans.limits import Limits
 from bt_core.scans.members import Lister, ScanRef
 
@@ -31,23 +31,38 @@ def read_list(source: str, given: Limits, hash_key: bytes | None) -> Lister:
     Args:
         source: the table.
         given: how many rows it may have.
-        hash_key: key for the hashes that stand for the patients; None leaves them out.
+        hash_key: key for the hashes that stand for the patients (`identity.patient_hash`, which
+            gives none for placeholders such as ANONYMOUS); None leaves them out.
 
     Raises:
-        SourceError: if the table cannot be read, is too long, or has no column of paths.
+        SourceError: if the table cannot be read, is too long, has no column of paths, or one of
+            them holds a secret.
     """
     lister = Lister(source, given)
     folder = posixpath.dirname(source)
-    for row in _rows(source, given):
-        path = row[0].strip()
-        label, split, patient = (text.strip() for text in row[1:])
-        uri, member = folder, path
-        if storage.is_uri(path) or path.startswith("/"):
-            uri, member = posixpath.split(path)
-            member = unquote(member) if storage.is_uri(path) else member
-        hashed = keyed_hash(patient, hash_key) if patient and hash_key else ""
+    for number, row in enumerate(_rows(source, given), 1):
+        path, label, split, patient = (text.strip() for text in row)
+        uri, member = _place(folder, path)
+        try:
+            storage.refuse_secrets(path if storage.is_uri(path) else storage.join(folder, path))
+        except UsageError as error:
+            raise SourceError(
+                f"{storage.redact(source)}, row {number} without the header: {error}"
+            ) from None
+        hashed = patient_hash(patient, hash_key)
         lister.append(ScanRef(lister.next_id(path), uri, member, -1, label, split, hashed))
     return lister
+
+
+def _place(folder: str, path: str) -> tuple[str, str]:
+    """Return the folder of a path, and the file as that folder's store names it."""
+    if not storage.is_uri(path):
+        return posixpath.split(path) if path.startswith("/") else (folder, path)
+    plain, mark, query = path.partition("?")
+    uri, name = posixpath.split(plain)
+    if plain.startswith(("http://", "https://")):  # there the query is part of the file's name
+        return uri, name + mark + query if query else unquote(name)
+    return uri + mark + query, unquote(name)
 
 
 def _rows(source: str, given: Limits) -> list[tuple[str, ...]]:

@@ -16,12 +16,14 @@ from pydicom.uid import (
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     RLELossless,
+    SecondaryCaptureImageStorage,
 )
 
 from bt_core.errors import ScanError
 from bt_core.scans import dicom
+from bt_core.scans.decoded import BURNED_IN
 from bt_core.scans.formats import DecodedScan, decode_scan
-from bt_core.scans.identity import keyed_hash
+from bt_core.scans.identity import keyed_hash, patient_hash
 from tests.scan_files import (
     BT601,
     RGB,
@@ -103,6 +105,15 @@ def assert_close(scan: DecodedScan, expected: np.ndarray) -> None:
             between_percentiles(STORED),
             (PERCENTILE_STEP,),
             id="width without center",
+        ),
+        *(
+            pytest.param(
+                lambda width=width: dicom_object(STORED, WindowCenter=2000, WindowWidth=width),
+                between_percentiles(STORED),
+                ("window without a width ignored", PERCENTILE_STEP),
+                id=f"window of width {width}",
+            )
+            for width in (0, -100, 0.5)
         ),
         pytest.param(
             lambda: dicom_object(SIGNED),
@@ -197,6 +208,18 @@ def test_stored_values_become_the_displayed_grey(
     assert_close(scan, expected)
     assert scan.steps == steps
     assert scan.bit_depth == (8 if "colour to grey" in steps else 12)
+
+
+@pytest.mark.parametrize("entries", [256, 255])
+@pytest.mark.parametrize("dtype", ["u1", "<u2"])
+def test_a_voi_table_of_8_bits_may_be_packed(dtype: str, entries: int) -> None:
+    table = item()
+    table.add_new("LUTDescriptor", "US", [entries, 0, 8])
+    content = (255 - np.arange(entries)).astype(dtype).tobytes()
+    table.add_new("LUTData", "OW", content + b"\0" * (len(content) % 2))
+    scan = decode_scan(dicom_object(STORED8, VOILUTSequence=[table]))
+    assert_close(scan, 255.0 - np.minimum(STORED8, entries - 1))
+    assert scan.steps == (WINDOW_STEP,)
 
 
 def test_monochrome1_is_the_negative_of_monochrome2() -> None:
@@ -464,7 +487,22 @@ def test_padding_is_black_and_out_of_the_percentiles(
     inside = between_percentiles(np.where(stored == stored[0, 0], np.nan, stored.astype(float)))
     inside = 255 - inside if photometric == "MONOCHROME1" else inside
     assert_close(scan, np.where(np.isnan(inside), 0, inside))
-    assert scan.steps[-1] == "padding pixels black"
+    inverted = ["MONOCHROME1 inverted"] if photometric == "MONOCHROME1" else []
+    assert scan.steps == (PERCENTILE_STEP, *inverted, "padding pixels black")
+
+
+def test_only_values_that_are_not_finite_are_counted_as_such() -> None:
+    stored = STORED.copy()
+    stored[:, :8] = 7
+    slope = 1e35  # of the stored values, those over 3402 times this do not fit into float32
+    stored[20, 20:25] = 4000
+    tags = {"PixelPaddingValue": 7, "RescaleSlope": slope, "RescaleIntercept": 0}
+    scan = decode_scan(dicom_object(stored, **tags))
+    assert scan.steps[1:] == (
+        "5 values that are not finite left out",
+        PERCENTILE_STEP,
+        "padding pixels black",
+    )
 
 
 def test_signed_padding_written_as_unsigned() -> None:
@@ -489,6 +527,42 @@ def test_the_patient_leaves_only_as_a_keyed_hash() -> None:
         scan.patient,
         "",
     )
+
+
+PLACEHOLDERS = [
+    "ANONYMOUS", "anon", " Anonymized ", "0", "00000000", "0-0", "UNKNOWN", "NONE", "NA", "N/A",
+    "-", "TEST", "Patient", "DE-IDENTIFIED", "DEIDENTIFIED", "REMOVED", "***",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("patient", PLACEHOLDERS)
+def test_a_placeholder_does_not_make_one_patient_of_many(patient: str) -> None:
+    scan = decode_scan(dicom_object(STORED, PatientID=patient), hash_key=KEY)
+    assert scan.patient == patient_hash(patient, KEY) == ""
+    assert scan.steps[-1] == "placeholder for the patient ignored"
+
+
+@pytest.mark.parametrize("patient", ["ANON0001", "1", "TEST-2", "0010", "Patient 7", "Ж", "Nah"])
+def test_what_names_one_patient_is_no_placeholder(patient: str) -> None:
+    assert patient_hash(patient, KEY) == keyed_hash(patient, KEY)
+    assert patient_hash(patient, None) == ""
+
+
+@pytest.mark.parametrize(
+    ("stated", "steps"),
+    [
+        ("YES", (PERCENTILE_STEP, BURNED_IN)),
+        ("YES ", (PERCENTILE_STEP, BURNED_IN)),
+        ("NO", (PERCENTILE_STEP,)),
+        (None, (PERCENTILE_STEP,)),
+    ],
+)
+def test_a_burned_in_annotation_is_said_if_the_object_states_it(
+    stated: str | None, steps: tuple[str, ...]
+) -> None:
+    tags = {"SOPClassUID": SecondaryCaptureImageStorage, "BurnedInAnnotation": stated}
+    assert decode_scan(dicom_object(STORED, **tags)).steps == steps
+    assert decode_scan(dicom_object(STORED, SOPClassUID=tags["SOPClassUID"])).steps == steps[:1]
 
 
 def test_a_directory_is_never_followed(monkeypatch: pytest.MonkeyPatch) -> None:

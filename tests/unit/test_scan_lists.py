@@ -66,6 +66,12 @@ def test_patients_are_left_out_without_a_key(folder: Path) -> None:
     assert {ref.patient for ref in refs} == {""}
 
 
+def test_placeholders_of_a_list_are_no_patients(folder: Path) -> None:
+    columns = ROWS | {"patient": ["ANONYMOUS", " n/a", "000"]}
+    refs = list_scans(write_list(folder / "l.csv", columns), KEY).refs
+    assert {ref.patient for ref in refs} == {""}
+
+
 def test_a_relative_path_has_the_id_of_the_folder(folder: Path) -> None:
     listed = {ref.member: ref.scan_id for ref in list_scans(str(folder)).refs}
     refs = list_scans(write_list(folder / "l.csv", ROWS)).refs

@@ -1,0 +1,56 @@
+"""What a submitted command takes along, all of which the cluster's dashboard shows to everyone."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from bt_core.errors import UsageError
+from bt_core.log import logger
+from cluster.submit import _runtime_env, submit
+
+LIMITS = {
+    "BT_MAX_MEMBERS": "200000",
+    "BT_MAX_TOTAL_BYTES": "3",
+    "BT_MAX_MEMBER_BYTES": "2",
+    "BT_MAX_RATIO": "1",
+}
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logger, "propagate", True)  # a command of another test may have ended it
+    for name in (*LIMITS, "BT_HASH_KEY", "BT_HASH_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_limits_and_the_file_of_the_key_go_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "env_vars" not in _runtime_env()
+    monkeypatch.chdir(tmp_path)
+    for name, value in (LIMITS | {"BT_HASH_KEY_FILE": "key"}).items():
+        monkeypatch.setenv(name, value)
+    sent = _runtime_env()
+    assert sent["env_vars"] == LIMITS | {"BT_HASH_KEY_FILE": str(tmp_path / "key")}
+    assert "working_dir" in sent
+
+
+def test_the_key_itself_stays_here_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        _runtime_env()
+        assert caplog.text == ""
+        monkeypatch.setenv("BT_HASH_KEY", "SECRET of the site")
+        assert "SECRET" not in repr(_runtime_env())
+    assert "BT_HASH_KEY is not sent" in caplog.text
+    assert "BT_HASH_KEY_FILE" in caplog.text
+    assert "SECRET" not in caplog.text
+
+
+@pytest.mark.parametrize("word", ["s3://KEY:SECRET@b/a.zip", "--out=https://h/o?sig=SECRET"])
+def test_secrets_among_the_arguments_are_refused(word: str) -> None:
+    with pytest.raises(UsageError, match="give credentials by the environment") as caught:
+        submit("http://127.0.0.1:1", "jobs.score", ["bundle", word])
+    assert "SECRET" not in str(caught.value)
