@@ -16,9 +16,6 @@ MAX_FRAME_BYTES: Final = 256 * 1024**2
 MAX_DECODE_BYTES: Final = 2 * 1024**3
 """Memory that decoding one scan may take at its peak, besides the bytes given; tests hold it."""
 BURNED_IN: Final = "burned-in annotation stated"
-"""Step of a scan whose header says that its pixels hold text, which may name a person."""
-
-BURNED_IN: Final = "burned-in annotation stated"
 """The step of a DICOM object which says that its pixels show text, maybe the patient's name."""
 
 

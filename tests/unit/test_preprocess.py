@@ -205,6 +205,7 @@ def test_both_digests_react_to_what_changes_pixels(change: dict[str, object]) ->
     [
         {"mean": (0.5, 0.5, 0.5)},
         {"std": (0.2, 0.2, 0.2)},
+        {"channels": 1},
         {"normalize": "unit"},
         {"normalize": "zscore"},
     ],
@@ -220,7 +221,7 @@ def test_every_field_has_been_thought_of_in_the_digest_tests() -> None:
     assert set(PreprocessSpec.model_fields) == {
         *("size_px", "crop_to_head", "fit", "interpolation"),
         *("clip_percentiles", "equalize", "clahe"),
-        *("normalize", "mean", "std"),
+        *("channels", "normalize", "mean", "std"),
     }
     assert set(ClaheSpec.model_fields) == {"clip_limit", "grid"}
 
