@@ -10,8 +10,9 @@ import pyarrow as pa
 from PIL import Image
 
 from bt_core.data.copies import pictures_of
-from bt_core.data.families import TRANSFORMS, Pairs, transformed
+from bt_core.data.families import Pairs
 from bt_core.data.page import render
+from bt_core.data.thumbnails import TRANSFORMS, transformed
 from bt_core.scans.decoded import BURNED_IN
 from bt_core.scans.preprocess import PreprocessSpec
 

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from bt_core import storage
-from bt_core.data.families import TRANSFORMS, Pairs, join_components
+from bt_core.data.families import Pairs, join_components
+from bt_core.data.thumbnails import TRANSFORMS
 from bt_core.errors import UsageError
 from bt_core.labels import LabelSpace, class_of_folder, to_task
 

@@ -21,8 +21,6 @@ from ray.util.annotations import RayDeprecationWarning
 
 from bt_core.data.decode_stage import Columns, DecodeStage, RowStage
 from bt_core.data.families import (
-    SPECTRUM_LENGTH,
-    THUMBNAIL,
     CopyIndex,
     FamilyStage,
     Pairs,
@@ -30,6 +28,7 @@ from bt_core.data.families import (
 )
 from bt_core.data.guard import MAX_RETRIES, num_overseers, oversee, oversee_stream
 from bt_core.data.stream import split_streamed
+from bt_core.data.thumbnails import SPECTRUM_LENGTH, THUMBNAIL
 from bt_core.scans.preprocess import PreprocessSpec
 
 _SCORE_BATCH: Final = 64

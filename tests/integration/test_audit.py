@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bt_core.data.catalog import Dataset
-from bt_core.data.families import transformed
+from bt_core.data.thumbnails import transformed
 from bt_core.scans.phantom import CLASS_NAMES, phantom_slice
 from tests.conftest import bt
 from tests.unit.test_families import all_pairs, perturbed

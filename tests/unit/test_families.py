@@ -11,17 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bt_core.data import copies, families
-from bt_core.data.families import (
-    MIN_CORRELATION,
+from bt_core.data.families import MIN_CORRELATION, CopyIndex, Pairs, exact_pairs, join_components
+from bt_core.data.thumbnails import (
     SPECTRUM_LENGTH,
     THUMBNAIL,
     TRANSFORMS,
-    CopyIndex,
-    Pairs,
     correlations,
-    exact_pairs,
     invariants,
-    join_components,
     spectrum,
     spectrum_distances,
     transformed,

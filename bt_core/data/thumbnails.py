@@ -1,0 +1,123 @@
+"""Thumbnails of scans, and their low frequencies, under the 8 flips and rotations of the square.
+
+Array names: N scans, P pairs, F = 64, D length of a spectrum.
+"""
+
+import itertools
+from typing import Final
+
+import numpy as np
+import scipy.fft
+
+from bt_core.scans.preprocess import PreprocessSpec
+
+THUMBNAIL: Final = PreprocessSpec(size_px=64)
+TRANSFORMS: Final = (
+    "as it is",
+    "mirrored left-right",
+    "rotated by 90°",
+    "rotated by 90°, mirrored",
+    "rotated by 180°",
+    "mirrored top-bottom",
+    "rotated by 270°",
+    "rotated by 270°, mirrored",
+)
+"""What `transformed` does, by index: quarter turns anticlockwise, then perhaps a mirror."""
+
+_FREQUENCIES: Final = 16
+_BAND_EDGES: Final = (16, 18, 20, 22, 24, 32, 40, 48, 56, 64)
+SPECTRUM_LENGTH: Final = _FREQUENCIES**2 + len(_BAND_EDGES) - 1
+
+
+def transformed(image_HW: np.ndarray, transform: int) -> np.ndarray:
+    """Return a view of an image, or of a stack in its last two axes, under `TRANSFORMS`."""
+    turned = np.rot90(image_HW, transform // 2, axes=(-2, -1))
+    return turned[..., ::-1] if transform % 2 else turned
+
+
+def unit_thumbnails(pixels_NFF: np.ndarray) -> np.ndarray:
+    """Return thumbnails (N, F, F) as float32 of zero mean and unit norm.
+
+    One without contrast becomes all zero: it correlates with nothing, and has no copies.
+    """
+    values = pixels_NFF.astype(np.float32)
+    values -= values.mean(axis=(1, 2), keepdims=True)
+    norm = np.sqrt(np.einsum("nij,nij->n", values, values))
+    scale = np.where(norm > 0, 1 / np.where(norm > 0, norm, 1), 0).astype(np.float32)
+    return values * scale[:, None, None]
+
+
+def spectrum(pixels_NFF: np.ndarray) -> np.ndarray:
+    """Return float32 (N, D) of uint8 thumbnails (N, F, F): what tells them apart, shortly.
+
+    First the 16 x 16 lowest coefficients of the orthonormal DCT of `unit_thumbnails`, by rows, then
+    the norms of bands of the higher ones.
+    """
+    coefficients = scipy.fft.dctn(unit_thumbnails(pixels_NFF), axes=(1, 2), norm="ortho")
+    low = coefficients[:, :_FREQUENCIES, :_FREQUENCIES].reshape(len(pixels_NFF), -1)
+    higher = np.maximum(*np.mgrid[0 : THUMBNAIL.size_px, 0 : THUMBNAIL.size_px])
+    bands = [
+        np.linalg.norm(coefficients[:, (higher >= start) & (higher < stop)], axis=1)
+        for start, stop in itertools.pairwise(_BAND_EDGES)
+    ]
+    return np.concatenate([low, np.stack(bands, axis=1)], axis=1).astype(np.float32)
+
+
+def invariants(spectrum_ND: np.ndarray) -> np.ndarray:
+    """Return float32 (N, D): of a spectrum, what no flip or rotation changes.
+
+    Under D4 a coefficient (u, v) changes its sign by (-1)^u or (-1)^v, and changes places with
+    (v, u). So for each such pair (a, b) two numbers stay: a+b and |a-b| where u and v are even,
+    |a+b| and |a-b| where both are odd, the sorted |a|, |b| otherwise (sums divided by sqrt 2). The
+    norms of bands stay as they are. Each is a contraction of its own coefficients, so the whole
+    never increases a distance.
+    """
+    num_low = _FREQUENCIES**2
+    c = spectrum_ND[:, :num_low].reshape(-1, _FREQUENCIES, _FREQUENCIES)
+    half = np.float32(np.sqrt(0.5))
+    columns = []
+    for u in range(_FREQUENCIES):
+        for v in range(u, _FREQUENCIES):
+            a, b = c[:, u, v], c[:, v, u]
+            if u == v:
+                columns.append(np.abs(a) if u % 2 else a)
+            elif u % 2 != v % 2:
+                columns += [np.maximum(np.abs(a), np.abs(b)), np.minimum(np.abs(a), np.abs(b))]
+            else:
+                total = (a + b) * half
+                columns += [np.abs(total) if u % 2 else total, np.abs(a - b) * half]
+    return np.concatenate([np.stack(columns, axis=1), spectrum_ND[:, num_low:]], axis=1)
+
+
+def spectrum_distances(left_PD: np.ndarray, right_PD: np.ndarray) -> np.ndarray:
+    """Return float32 (P,): the smallest distance of two spectra under the 8 transforms.
+
+    The distance of the thumbnails, under the same transform, is never smaller.
+    """
+    num_low = _FREQUENCIES**2
+    low_left, low_right = left_PD[:, :num_low], right_PD[:, :num_low]
+    parity = (-1.0) ** np.arange(_FREQUENCIES, dtype=np.float32)
+    one = np.ones_like(parity)
+    signs = [np.outer(u, v).ravel() for u in (one, parity) for v in (one, parity)]
+    signs_L4 = np.stack(signs, axis=1)
+    swapped = low_left.reshape(-1, _FREQUENCIES, _FREQUENCIES).transpose(0, 2, 1)
+    inner_P8 = np.concatenate(
+        [
+            (low_left * low_right) @ signs_L4,
+            (swapped.reshape(-1, num_low) * low_right) @ signs_L4,
+        ],
+        axis=1,
+    )
+    left_2, right_2 = (np.einsum("pd,pd->p", x, x) for x in (low_left, low_right))
+    bands = left_PD[:, num_low:] - right_PD[:, num_low:]
+    squared = left_2 + right_2 - 2 * inner_P8.max(axis=1) + np.einsum("pd,pd->p", bands, bands)
+    distances: np.ndarray = np.sqrt(np.maximum(squared, 0))
+    return distances
+
+
+def correlations(left_PFF: np.ndarray, right_PFF: np.ndarray) -> np.ndarray:
+    """Return float32 (8, P): the normalised correlation of each pair under each transform."""
+    left, right = unit_thumbnails(left_PFF), unit_thumbnails(right_PFF)
+    rows = [np.einsum("pij,pij->p", transformed(left, k), right) for k in range(len(TRANSFORMS))]
+    stacked: np.ndarray = np.stack(rows)
+    return stacked.clip(max=1.0)
