@@ -21,6 +21,7 @@ PICTURE: Final = PreprocessSpec(size_px=160, fit="pad")
 _PER_TRANSFORM: Final = 3
 _MAX_CONFLICTS_SHOWN: Final = 20
 _CLOSE_CALLS_SHOWN: Final = 6
+_CLOSE: Final = 0.985
 
 
 def audit_figures(
@@ -45,6 +46,11 @@ def audit_figures(
         "num_scans": catalog.num_rows,
         "num_readable": len(usable),
         "unreadable": dict(Counter(reason for reason in columns["reason"] if reason)),
+        "unreadable_files": [
+            row
+            for row in catalog.select(["scan_id", "member", "reason", "detail"]).to_pylist()
+            if row["reason"]
+        ],
         "skipped": skipped,
         "exact_copies": {
             "num_pictures": sum(len(rows) > 1 for rows in pictures),
@@ -60,7 +66,9 @@ def audit_figures(
         },
         "near_pairs": {"num": int(near.sum()), "by_transform": dict(of_transform.most_common())},
         "classes": {
-            label: _class_figures(columns, [r for r in usable if columns["label"][r] == label])
+            label: _class_figures(
+                [columns["family"][r] for r in usable if columns["label"][r] == label], sizes
+            )
             for label in sorted(set(columns["label"]) - {""})
         },
         "across_splits": _across_splits(catalog, pairs),
@@ -71,12 +79,12 @@ def audit_figures(
     }
 
 
-def _class_figures(columns: dict[str, list[Any]], rows: list[int]) -> dict[str, int]:
-    sizes = Counter(columns["family"][row] for row in rows)
+def _class_figures(families: list[str], sizes: Counter[str]) -> dict[str, int]:
+    """Count the scans of a class by their families; a copy may stand in another class."""
     return {
-        "num_scans": len(rows),
-        "num_families": len(sizes),
-        "num_scans_with_copies": sum(size for size in sizes.values() if size > 1),
+        "num_scans": len(families),
+        "num_families": len(set(families)),
+        "num_scans_with_copies": sum(sizes[family] > 1 for family in families),
     }
 
 
@@ -111,7 +119,8 @@ def audit_text(figures: dict[str, Any]) -> str:
     exact, families = figures["exact_copies"], figures["families"]
     lines = [
         f"{figures['num_readable']} of {figures['num_scans']} scans can be read"
-        + "".join(f"; {n} {reason}" for reason, n in figures["unreadable"].items()),
+        + "".join(f"; {n} {reason}" for reason, n in figures["unreadable"].items())
+        + (" (named in audit.json)" if figures["unreadable"] else ""),
         f"exact copies: {exact['num_scans']} scans are {exact['num_pictures']} pictures",
         f"families: {families['num']}, of which {families['num_with_copies']} hold several copies "
         f"({families['num_scans_with_copies']} scans; the largest {families['largest']})",
@@ -148,9 +157,9 @@ def choose_pairs(
 ) -> dict[int, str]:
     """Choose pairs to look at: index of a pair to its title.
 
-    Label conflicts first, then pairs across the given splits of every transform at random, then
-    those nearest to the threshold. Scans whose header says that text is burned into the picture,
-    which may be a name, are passed over.
+    A pair of each label conflict first, then pairs across the given splits of every transform at
+    random, then those nearest to the threshold. Scans whose header says that text is burned into
+    the picture, which may be a name, are passed over.
     """
     hidden = np.array([BURNED_IN in steps for steps in catalog["steps"].to_pylist()], bool)
     shown = ~(hidden[pairs.left_P] | hidden[pairs.right_P])
@@ -159,22 +168,26 @@ def choose_pairs(
     number_N = np.zeros(catalog.num_rows, np.int64)
     for number, rows in enumerate(conflicts, 1):
         number_N[rows] = number
-    inside = number_N[pairs.left_P] * (number_N[pairs.left_P] == number_N[pairs.right_P]) * shown
+    label = np.array(catalog["label"].to_pylist(), object)
+    differ = shown & (label[pairs.left_P] != label[pairs.right_P])
+    inside = number_N[pairs.left_P] * (number_N[pairs.left_P] == number_N[pairs.right_P]) * differ
     order = np.random.default_rng(seed).permutation(len(pairs))
-    chosen = {
-        int(p): f"label conflict {inside[p]}" for p in np.flatnonzero(inside)[:_MAX_CONFLICTS_SHOWN]
-    }
+    _, first_of_each = np.unique(inside, return_index=True)
+    first_of_each = first_of_each[inside[first_of_each] > 0][:_MAX_CONFLICTS_SHOWN]
+    chosen = {int(p): f"label conflict {inside[p]}" for p in first_of_each}
     for k in range(len(TRANSFORMS)):
         own = order[(across & (pairs.transform_P == k))[order]][:_PER_TRANSFORM]
         chosen |= {int(p): "across splits" for p in own if int(p) not in chosen}
     closest = np.argsort(np.where(shown, pairs.correlation_P, 2), kind="stable")
     closest = closest[: min(_CLOSE_CALLS_SHOWN, int(shown.sum()))]
+    closest = closest[pairs.correlation_P[closest] < _CLOSE]
     return chosen | {int(p): "near the threshold" for p in closest if int(p) not in chosen}
 
 
-def rows_of(pairs: Pairs, chosen: dict[int, str]) -> list[int]:
-    """Return the rows of the scans of chosen pairs, each once."""
-    return sorted({int(end[p]) for p in chosen for end in (pairs.left_P, pairs.right_P)})
+def rows_of(pairs: Pairs, chosen: dict[int, str]) -> np.ndarray:
+    """Return the rows of the scans of chosen pairs, each once, as int64."""
+    rows = {int(end[p]) for p in chosen for end in (pairs.left_P, pairs.right_P)}
+    return np.array(sorted(rows), np.int64)
 
 
 def draw_pairs(

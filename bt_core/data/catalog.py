@@ -46,7 +46,7 @@ class DatasetInfo(StrictModel):
     counts: dict[str, dict[str, int]] = Field(default_factory=dict)
     """Split to class to number of scans."""
     num_families: int
-    """Groups of scans that are copies of one another, single scans included."""
+    """In the splits: scans that are copies of one another, single scans included."""
     num_copied_from_training: int = 0
     """Validation and test scans with a copy in training; only a given split has any."""
     digest: str
@@ -187,7 +187,7 @@ def describe(
     Raises:
         SourceError: if some class has no scan in some split; more scans are needed then.
     """
-    rows = catalog.select(["split", "label", "reason", "content_sha256"]).to_pylist()
+    rows = catalog.select(["split", "label", "reason", "content_sha256", "family"]).to_pylist()
     counts = {s: {c: 0 for c in space.names} for s in SPLITS}
     for row in rows:
         if row["split"]:
@@ -208,7 +208,7 @@ def describe(
         num_left_out=dict(Counter(r["reason"] for r in rows if r["reason"])),
         num_skipped=skipped,
         counts=counts,
-        num_families=len(set(catalog["family"].to_pylist()) - {""}),
+        num_families=len({row["family"] for row in rows if row["split"]}),
         num_copied_from_training=sum(catalog["copy_in_training"].to_pylist()),
         digest=storage.digest_lines(lines),
     )

@@ -146,7 +146,8 @@ def read_docket(location: str, space: LabelSpace) -> dict[str, str]:
         text = storage.read_bytes(location).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the docket {location}: {type(error).__name__}") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    separator = ";" if ";" in text.partition("\n")[0] else ","  # as spreadsheets save it abroad
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         lines = list(reader)
     except csv.Error as error:
@@ -185,7 +186,8 @@ def resolve(catalog: pa.Table, decisions: Mapping[str, str]) -> pa.Table:
     if unknown:
         raise UsageError(
             f"the docket decides on {len(unknown)} scans that the source does not hold, the first "
-            f"is {unknown[0]}; was it written for another source?"
+            f"is {unknown[0]}; was it written for another source, or for the same one packed in "
+            "another way?"
         )
     labels, reasons = catalog["label"].to_pylist(), catalog["reason"].to_pylist()
     for row, scan_id in enumerate(catalog["scan_id"].to_pylist()):

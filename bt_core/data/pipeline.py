@@ -159,6 +159,8 @@ def find_copies(catalog: pa.Table, thumbnails_NFF: np.ndarray, spectra_ND: np.nd
 def decode_pixels(refs: pa.Table, spec: PreprocessSpec) -> dict[str, np.ndarray]:
     """Return the pixels_SS uint8 of a few scans by scan_id, without those that cannot be read."""
     pixels: dict[str, np.ndarray] = {}
+    if not refs.num_rows:
+        return pixels
     for batch in decode(refs, DecodeStage((spec,))).iter_batches(
         batch_size=None, batch_format="numpy"
     ):

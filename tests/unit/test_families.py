@@ -231,6 +231,7 @@ def test_a_filled_in_docket_settles_conflicts(tmp_path):
     [
         ("scan,decision\na,drop\n", "no column scan_id"),
         ("", "no column decision and scan_id"),
+        ("scan_id;decision\na;perhaps\n", "line 2: 'perhaps'"),
         ("scan_id,decision\na,perhaps\nb,glioma\nc,hm\n", "line 2: 'perhaps'; line 4: 'hm'"),
         ("scan_id,decision\na,drop\na,glioma\n", "line 3: scan a was decided otherwise"),
         ('scan_id,decision\na,"dr', "not a CSV file"),
