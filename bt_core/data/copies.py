@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Final
@@ -14,6 +15,7 @@ from bt_core.data.families import Pairs, join_components
 from bt_core.data.thumbnails import TRANSFORMS
 from bt_core.errors import UsageError
 from bt_core.labels import LabelSpace, class_of_folder, to_task
+from bt_core.scans.scan_lists import csv_rows
 
 DROP: Final = "drop"
 _DOCKET_COLUMNS: Final = ("conflict", "scan_id", "member", "label", "decision")
@@ -143,16 +145,12 @@ def read_docket(location: str, space: LabelSpace) -> dict[str, str]:
             (all of them are listed), or a scan is decided twice and differently.
     """
     try:
-        text = storage.read_bytes(location).decode("utf-8-sig")
+        header, lines = _docket_rows(storage.read_bytes(location).decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the docket {location}: {type(error).__name__}") from error
-    separator = ";" if ";" in text.partition("\n")[0] else ","  # as spreadsheets save it abroad
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    try:
-        lines = list(reader)
     except csv.Error as error:
         raise UsageError(f"{location} is not a CSV file: {error}") from error
-    missing = {"scan_id", "decision"} - set(reader.fieldnames or ())
+    missing = {"scan_id", "decision"} - set(header)
     if missing:
         raise UsageError(
             f"{location} has no column {' and '.join(sorted(missing))}; fill in the docket.csv "
@@ -161,7 +159,7 @@ def read_docket(location: str, space: LabelSpace) -> dict[str, str]:
     decisions: dict[str, str] = {}
     faults = []
     for number, row in enumerate(lines, 2):
-        word = (row["decision"] or "").strip()
+        word = row["decision"].strip()
         known = class_of_folder(word)
         label = DROP if word.lower() == DROP else to_task(known, space.task) if known else None
         if word and label is None:
@@ -203,8 +201,18 @@ def has_decisions(location: str) -> bool:
     """Return whether there is a docket in which a person has decided something."""
     if not storage.exists(location):
         return False
-    text = storage.read_bytes(location).decode("utf-8-sig", "replace")
-    return any((row.get("decision") or "").strip() for row in csv.DictReader(io.StringIO(text)))
+    try:
+        _, lines = _docket_rows(storage.read_bytes(location).decode("utf-8-sig", "replace"))
+    except csv.Error:
+        return True  # it is no longer what was written, so a person has
+    return any(row.get("decision", "").strip() for row in lines)
+
+
+def _docket_rows(text: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the header of a docket, and its rows by column; cells that are missing are empty."""
+    header, *rows = csv_rows(text) or [[]]
+    cells = (itertools.zip_longest(header, row[: len(header)], fillvalue="") for row in rows if row)
+    return header, [dict(pairs) for pairs in cells]
 
 
 def _plain_cell(text: str) -> str:

@@ -95,12 +95,8 @@ def _rows(source: str, given: Limits) -> list[tuple[str, ...]]:
 
 
 def _text(content: bytes, source: str) -> dict[str, list[str]]:
-    text = content.decode("utf-8-sig")
-    first = text.partition("\n")[0]
     separator = "\t" if source.lower().endswith(".tsv") else ","
-    if separator not in first and ";" in first:  # as spreadsheets write where the comma is decimal
-        separator = ";"
-    names, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    names, *rows = csv_rows(content.decode("utf-8-sig"), separator)
     rows = [row for row in rows if row]
     keys = [name.strip().lower() for name in names]
     return {
@@ -108,6 +104,21 @@ def _text(content: bytes, source: str) -> dict[str, list[str]]:
         for i, key in enumerate(keys)
         if key in (*_PATH_COLUMNS, *_OTHER_COLUMNS)
     }
+
+
+def csv_rows(text: str, separator: str = ",") -> list[list[str]]:
+    """Return the rows of a CSV text, the header first.
+
+    Semicolons are taken where the header has no other separator, as spreadsheets write it where the
+    comma is decimal.
+
+    Raises:
+        csv.Error: if it is not CSV.
+    """
+    first = text.partition("\n")[0]
+    if separator not in first and ";" in first:
+        separator = ";"
+    return list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
 
 
 def _parquet(content: bytes, given: Limits) -> dict[str, list[str]]:

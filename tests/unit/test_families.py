@@ -256,6 +256,11 @@ def test_a_docket_is_safe_in_a_spreadsheet_and_kept_when_it_holds_decisions(tmp_
     docket.write_bytes(copies.docket_csv(catalog, [[0, 1]], {"scan1": "drop"}))
     assert copies.has_decisions(str(docket))
     assert copies.read_docket(str(docket), LABEL_SPACES["four_class"]) == {"scan1": "drop"}
+    docket.write_text("conflict;scan_id;member;label;decision\n1;scan1;b.png;pituitary;drop\n")
+    assert copies.has_decisions(str(docket)), "as a spreadsheet saves it where commas are decimal"
+    assert copies.read_docket(str(docket), LABEL_SPACES["four_class"]) == {"scan1": "drop"}
+    docket.write_text('scan_id,decision\n"')
+    assert copies.has_decisions(str(docket)), "what cannot be understood is not overwritten"
 
 
 def test_a_docket_of_another_source_or_of_no_file_is_refused(tmp_path):
