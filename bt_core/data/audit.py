@@ -37,7 +37,7 @@ def audit_figures(
     """
     columns = catalog.select(["label", "given_split", "reason", "family"]).to_pydict()
     usable = [row for row, reason in enumerate(columns["reason"]) if not reason]
-    pictures, _ = pictures_of(catalog, pairs)
+    pictures, edges = pictures_of(catalog, pairs)
     sizes = Counter(columns["family"][row] for row in usable)
     near = np.ones(len(pairs), bool)
     near[: sum(len(rows) - 1 for rows in pictures)] = False  # exact ones come first
@@ -71,7 +71,7 @@ def audit_figures(
             )
             for label in sorted(set(columns["label"]) - {""})
         },
-        "across_splits": _across_splits(catalog, pairs),
+        "across_splits": _across_splits(columns, pictures, edges),
         "label_conflicts": [
             catalog.select(["scan_id", "label", "given_split"]).take(pa.array(rows)).to_pylist()
             for rows in conflicts
@@ -88,15 +88,15 @@ def _class_figures(families: list[str], sizes: Counter[str]) -> dict[str, int]:
     }
 
 
-def _across_splits(catalog: pa.Table, pairs: Pairs) -> dict[str, dict[str, Any]] | None:
+def _across_splits(
+    columns: dict[str, list[Any]], pictures: list[list[int]], edges: list[tuple[int, int]]
+) -> dict[str, dict[str, Any]] | None:
     """Count the scans of each given split but train that have a copy in train, whole and by class.
 
     `num_exact`: equal pixels; `num_copies`: copies by the definition, exact ones included;
     `num_in_family`: joined to a training scan through copies of copies.
     """
-    columns = catalog.select(["label", "given_split", "reason", "family"]).to_pydict()
     split_of, label_of, family_of = (columns[c] for c in ("given_split", "label", "family"))
-    pictures, edges = pictures_of(catalog, pairs)
     trained = {k for k, rows in enumerate(pictures) if any(split_of[r] == "train" for r in rows)}
     near = trained | {b for a, b in edges if a in trained} | {a for a, b in edges if b in trained}
     families = {family_of[row] for k in trained for row in pictures[k] if split_of[row] == "train"}

@@ -15,7 +15,7 @@ import ray
 import ray.exceptions
 
 from bt_core.data.decode_stage import Columns, RowStage, column_of, run_stage
-from bt_core.data.stream import stream_batches
+from bt_core.data.stream import BATCH_ROWS, stream_batches
 
 MAX_RETRIES: Final = 2
 """How often Ray may repeat a lost task or restart a lost actor."""
@@ -24,7 +24,6 @@ BATCHES_AT_ONCE: Final = 8
 """Batches of one block that are decoded at once: at 32 MiB each, 256 MiB in the object store."""
 _BLOCKS_EACH: Final = 32
 """Blocks that one task oversees, one after another, before there are more such tasks."""
-_BATCH_ROWS: Final = 64
 _CRASHES: Final = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
 _LOSSES: Final = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)
 
@@ -42,8 +41,8 @@ def num_overseers(num_blocks: int) -> int:
 
 def oversee(columns: Columns, stage: RowStage) -> Iterator[Columns]:
     """Decode the scans of a block in tasks of a few, several at once."""
-    starts = range(0, len(columns["scan_id"]), _BATCH_ROWS)
-    batches = ({k: v[i : i + _BATCH_ROWS] for k, v in columns.items()} for i in starts)
+    starts = range(0, len(columns["scan_id"]), BATCH_ROWS)
+    batches = ({k: v[i : i + BATCH_ROWS] for k, v in columns.items()} for i in starts)
     return _in_tasks(batches, stage)
 
 

@@ -15,7 +15,8 @@ from bt_core.errors import BtError, ScanError
 from bt_core.scans.archives import open_archive, stream_members
 from bt_core.scans.tars import StreamedTar
 
-_BATCH_ROWS: Final = 64
+BATCH_ROWS: Final = 64
+"""Scans that one decoding task is given."""
 _BATCH_BYTES: Final = 32 * 1024**2
 
 
@@ -68,7 +69,7 @@ def _stream_one(uri: str, columns: Columns, rows: list[int]) -> Iterator[Columns
             for i in waiting.pop((ref.scan_id, ref.member, ref.position), []):
                 batch.append((i, content))
                 num_bytes += len(content) if isinstance(content, bytes) else 0
-                if len(batch) >= _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
+                if len(batch) >= BATCH_ROWS or num_bytes >= _BATCH_BYTES:
                     yield _with_content(columns, batch)
                     batch, num_bytes = [], 0
             if not waiting:
@@ -76,8 +77,8 @@ def _stream_one(uri: str, columns: Columns, rows: list[int]) -> Iterator[Columns
     except ScanError as error:
         rest = error
     batch += [(i, rest) for left in waiting.values() for i in left]
-    for start in range(0, len(batch), _BATCH_ROWS):
-        yield _with_content(columns, batch[start : start + _BATCH_ROWS])
+    for start in range(0, len(batch), BATCH_ROWS):
+        yield _with_content(columns, batch[start : start + BATCH_ROWS])
 
 
 def _with_content(columns: Columns, batch: list[tuple[int, Any]]) -> Columns:

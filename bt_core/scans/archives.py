@@ -76,8 +76,8 @@ def list_scans(source: str, hash_key: bytes | None = None) -> Listing:
         kind = filesystem.get_file_info(path).type
         if kind == fs.FileType.NotFound:
             raise SourceError(
-                f"{storage.redact(source)} does not exist; give a folder, a zip archive or an "
-                "image file"
+                f"{storage.redact(source)} does not exist; give a folder, an archive (zip, tar), "
+                "a list (CSV, Parquet) or a scan file"
             )
         lister = _list(source, kind, given, hash_key)
     except UsageError:

@@ -120,7 +120,7 @@ class Lister:
         also = f" (skipped: {dict(self.skipped)})" if self.skipped else ""
         raise SourceError(
             f"{storage.redact(self.uri)} holds no scans{also}; looked for PNG, JPEG, BMP, TIFF, "
-            "WebP and DICOM files"
+            "WebP, DICOM and NIfTI files"
         )
 
 
