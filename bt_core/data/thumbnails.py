@@ -24,8 +24,8 @@ TRANSFORMS: Final = (
 )
 """What `transformed` does, by index: quarter turns anticlockwise, then perhaps a mirror."""
 
-_FREQUENCIES: Final = 16
-_BAND_EDGES: Final = (16, 18, 20, 22, 24, 32, 40, 48, 56, 64)
+_FREQUENCIES: Final = 20
+_BAND_EDGES: Final = (20, 22, 24, 28, 32, 40, 48, 56, 64)
 SPECTRUM_LENGTH: Final = _FREQUENCIES**2 + len(_BAND_EDGES) - 1
 
 
@@ -50,7 +50,7 @@ def unit_thumbnails(pixels_NFF: np.ndarray) -> np.ndarray:
 def spectrum(pixels_NFF: np.ndarray) -> np.ndarray:
     """Return float32 (N, D) of uint8 thumbnails (N, F, F): what tells them apart, shortly.
 
-    First the 16 x 16 lowest coefficients of the orthonormal DCT of `unit_thumbnails`, by rows, then
+    First the 20 x 20 lowest coefficients of the orthonormal DCT of `unit_thumbnails`, by rows, then
     the norms of bands of the higher ones.
     """
     coefficients = scipy.fft.dctn(unit_thumbnails(pixels_NFF), axes=(1, 2), norm="ortho")
@@ -90,34 +90,37 @@ def invariants(spectrum_ND: np.ndarray) -> np.ndarray:
 
 
 def spectrum_distances(left_PD: np.ndarray, right_PD: np.ndarray) -> np.ndarray:
-    """Return float32 (P,): the smallest distance of two spectra under the 8 transforms.
+    """Return float32 (8, P): the distance of two spectra, the left one under each of `TRANSFORMS`.
 
     The distance of the thumbnails, under the same transform, is never smaller.
     """
     num_low = _FREQUENCIES**2
     low_left, low_right = left_PD[:, :num_low], right_PD[:, :num_low]
+    swapped = low_left.reshape(-1, _FREQUENCIES, _FREQUENCIES).transpose(0, 2, 1)
+    plain, turned = low_left * low_right, swapped.reshape(-1, num_low) * low_right
     parity = (-1.0) ** np.arange(_FREQUENCIES, dtype=np.float32)
     one = np.ones_like(parity)
-    signs = [np.outer(u, v).ravel() for u in (one, parity) for v in (one, parity)]
-    signs_L4 = np.stack(signs, axis=1)
-    swapped = low_left.reshape(-1, _FREQUENCIES, _FREQUENCIES).transpose(0, 2, 1)
-    inner_P8 = np.concatenate(
+    of_rows, of_columns, of_both = (
+        np.outer(u, v).ravel() for u, v in ((parity, one), (one, parity), (parity, parity))
+    )
+    unsigned = np.ones(num_low, np.float32)
+    inner_8P = np.concatenate(
         [
-            (low_left * low_right) @ signs_L4,
-            (swapped.reshape(-1, num_low) * low_right) @ signs_L4,
-        ],
-        axis=1,
+            np.stack([unsigned, of_columns]) @ plain.T,
+            np.stack([of_rows, of_both]) @ turned.T,
+            np.stack([of_both, of_rows]) @ plain.T,
+            np.stack([of_columns, unsigned]) @ turned.T,
+        ]
     )
     left_2, right_2 = (np.einsum("pd,pd->p", x, x) for x in (low_left, low_right))
     bands = left_PD[:, num_low:] - right_PD[:, num_low:]
-    squared = left_2 + right_2 - 2 * inner_P8.max(axis=1) + np.einsum("pd,pd->p", bands, bands)
-    distances: np.ndarray = np.sqrt(np.maximum(squared, 0))
+    squared_8P = left_2 + right_2 + np.einsum("pd,pd->p", bands, bands) - 2 * inner_8P
+    distances: np.ndarray = np.sqrt(np.maximum(squared_8P, 0))
     return distances
 
 
-def correlations(left_PFF: np.ndarray, right_PFF: np.ndarray) -> np.ndarray:
-    """Return float32 (8, P): the normalised correlation of each pair under each transform."""
+def correlations(left_PFF: np.ndarray, right_PFF: np.ndarray, transform: int) -> np.ndarray:
+    """Return float32 (P,): the normalised correlation of each pair, the left one transformed."""
     left, right = unit_thumbnails(left_PFF), unit_thumbnails(right_PFF)
-    rows = [np.einsum("pij,pij->p", transformed(left, k), right) for k in range(len(TRANSFORMS))]
-    stacked: np.ndarray = np.stack(rows)
-    return stacked.clip(max=1.0)
+    values: np.ndarray = np.einsum("pij,pij->p", transformed(left, transform), right)
+    return values.clip(max=1.0)
