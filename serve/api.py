@@ -1,7 +1,6 @@
 """The HTTP API: the gateway decodes and checks, the ensemble's deployment answers."""
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -16,14 +15,12 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from bt_core import __version__, storage
-from bt_core.data.decode_stage import pixel_digest
 from bt_core.ensemble.ensemble import preprocess_digest
 from bt_core.ensemble.review import of_frame
 from bt_core.errors import ScanError
 from bt_core.inference.predictor import distinct_specs
 from bt_core.models.bundle import Bundle
-from bt_core.scans.formats import decode_scan
-from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels
+from serve.decoding import UploadDecoder
 from serve.problems import HTTP_OF_REASON, install_problems, problem
 from serve.schemas import EXAMPLE_PREDICTION, ModelDescription, Predictions, Problem
 
@@ -59,19 +56,6 @@ def _answers(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {
         code: {"model": Problem, "content": content, "description": "Problem"} for code in codes
     }
-
-
-def decode_upload(
-    content: bytes, hint: str, specs: Sequence[PreprocessSpec]
-) -> tuple[list[np.ndarray], str, tuple[int, int]]:
-    """Return an uploaded scan's pixels_SS uint8 for each spec, pixel digest, and which frame it is.
-
-    Raises:
-        ScanError: with a reason code, if it is not a scan that can be used.
-    """
-    scan = decode_scan(content, hint)
-    pixels = [preprocess_pixels(scan.image_HW, spec) for spec in specs]
-    return pixels, pixel_digest(scan.image_HW), (scan.frame_index, scan.num_frames)
 
 
 # Helpers stand above the class: Serve pickles it as it is decorated, with what is defined by then.
@@ -111,7 +95,8 @@ class Gateway:
 
     def __init__(self, bundle_location: str, ensemble: DeploymentHandle) -> None:
         self._info = Bundle(bundle_location).info
-        self._specs, _ = distinct_specs([member.preprocess for member in self._info.members])
+        specs, _ = distinct_specs([member.preprocess for member in self._info.members])
+        self._decoder = UploadDecoder(specs)
         self._preprocess_digest = preprocess_digest(self._info)
         self._ensemble = ensemble
 
@@ -130,9 +115,7 @@ class Gateway:
         """Classify one scan, sent as the multipart field `files` or as the raw body."""
         content, hint = await _read_scan(request)
         try:
-            pixels, pixel_sha256, frame = await asyncio.to_thread(
-                decode_upload, content, hint, self._specs
-            )
+            pixels, pixel_sha256, frame = await self._decoder.decode(content, hint)
         except ScanError as error:
             return problem(HTTP_OF_REASON[error.reason], error.reason, str(error))
         try:

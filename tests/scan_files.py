@@ -4,6 +4,7 @@ import gzip
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import nibabel as nib
@@ -246,3 +247,11 @@ def axial_view(volume_RAS: np.ndarray) -> np.ndarray:
         [[slice_RA[x, y] for x in reversed(range(slice_RA.shape[0]))]
          for y in reversed(range(slice_RA.shape[1]))]
     )  # fmt: skip
+
+
+def deadly_dicom() -> bytes:
+    """Return a JPEG Lossless object on which gdcm 3.2 calls abort(), found by `fuzz_decode`."""
+    folder = Path(pydicom.__file__).parent / "data" / "test_files"
+    content = bytearray((folder / "SC_rgb_jpeg_gdcm.dcm").read_bytes())
+    content[1353] = 128  # inside the codestream's frame header
+    return bytes(content)

@@ -20,7 +20,6 @@ import ray
 from bt_core.data import pipeline
 from bt_core.data.catalog import Dataset, ref_columns
 from bt_core.data.decode_stage import DecodeStage
-from bt_core.errors import REASONS
 from bt_core.models.run import Run, read_history
 from bt_core.scans.archives import list_scans
 from bt_core.scans.phantom import phantom_slice
@@ -216,7 +215,6 @@ def test_a_scan_that_kills_its_worker_twice_is_set_aside_and_no_other(ray_sessio
     reasons = {row["member"]: row["reason"] for row in rows}
     assert len(rows) == 11
     assert {m: r for m, r in reasons.items() if r} == {"deadly.png": "decoder_crashed"}
-    assert "twice" in REASONS["decoder_crashed"]
 
 
 def test_a_training_worker_killed_in_mid_epoch_does_not_end_the_run(chain, tmp_path):

@@ -18,8 +18,9 @@ from bt_core.models.bundle import Bundle
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.run import Run
 from bt_core.scans.archives import ScanRef, read_member
-from serve.api import decode_upload
 from serve.app import ServeSettings, start
+from serve.decoding import decode_upload
+from tests.scan_files import GREY, deadly_dicom, encode
 
 pytestmark = pytest.mark.integration
 
@@ -191,3 +192,10 @@ def test_the_service_describes_itself(service, chain):
     assert "example" in answers["200"]["content"]["application/json"]
     assert set(answers) >= {"200", "400", "413", "415", "422", "503"}
     assert requests.get(f"{service}/docs", timeout=60).status_code == 200
+
+
+def test_a_file_that_ends_its_decoder_leaves_the_service_alive(service):
+    for _ in range(3):
+        answer = requests.post(f"{service}/v1/predictions", data=deadly_dicom(), timeout=60)
+        assert (answer.status_code, answer.json()["code"]) == (422, "decoder_crashed")
+    assert post(service, encode(GREY, "PNG"))["status"]

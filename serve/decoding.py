@@ -1,0 +1,77 @@
+"""Decodes uploads in processes of their own: a file that ends its decoder ends nothing else."""
+
+import asyncio
+import multiprocessing
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from pebble import ProcessExpired, ProcessPool
+
+from bt_core.data.decode_stage import bounded, pixel_digest
+from bt_core.errors import ScanError
+from bt_core.scans.decoded import MAX_DECODE_BYTES
+from bt_core.scans.formats import decode_scan
+from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels
+
+MAX_SECONDS: Final = 20.0
+"""An upload that takes longer to decode is refused; below Serve's time-out of a request."""
+
+Decoded = tuple[list[np.ndarray], str, tuple[int, int]]
+"""Pixels_SS uint8 for each spec, the pixel digest, and which frame of how many."""
+
+
+def decode_upload(content: bytes, hint: str, specs: Sequence[PreprocessSpec]) -> Decoded:
+    """Return an uploaded scan decoded and preprocessed.
+
+    Raises:
+        ScanError: with a reason code, if it is not a scan that can be used.
+    """
+    scan = decode_scan(content, hint)
+    pixels = [preprocess_pixels(scan.image_HW, spec) for spec in specs]
+    return pixels, pixel_digest(scan.image_HW), (scan.frame_index, scan.num_frames)
+
+
+class UploadDecoder:
+    """A pool of processes that decode; one that dies is replaced.
+
+    Args:
+        specs: preprocessing specs with distinct pixels.
+        num_processes: how many uploads are decoded at once.
+    """
+
+    def __init__(self, specs: Sequence[PreprocessSpec], num_processes: int = 2) -> None:
+        self._specs = tuple(specs)
+        # Not fork: a server has threads, whose locks would stay held in the child.
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPool(max_workers=num_processes, context=spawn)
+        for _ in range(num_processes):  # so that the first upload does not wait for their imports
+            self._pool.schedule(_attempt, args=(b"", "", ()))
+
+    async def decode(self, content: bytes, hint: str) -> Decoded:
+        """Do what `decode_upload` does, within bounds of memory and time.
+
+        Raises:
+            ScanError: as `decode_upload`, or `decoder_crashed`.
+        """
+        future = self._pool.schedule(_attempt, args=(content, hint, self._specs))
+        try:
+            outcome = await asyncio.wrap_future(future)
+        except ProcessExpired:
+            raise ScanError("decoder_crashed") from None
+        if isinstance(outcome, ScanError):
+            raise outcome
+        return outcome
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join()
+
+
+def _attempt(content: bytes, hint: str, specs: Sequence[PreprocessSpec]) -> Decoded | ScanError:
+    try:
+        with bounded(MAX_DECODE_BYTES, MAX_SECONDS):
+            return decode_upload(content, hint, specs)
+    except ScanError as error:  # as a value: pebble would hang a traceback's text on it
+        return ScanError(error.reason, error.detail)

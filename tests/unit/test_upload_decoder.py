@@ -1,0 +1,71 @@
+"""Uploads are decoded in processes of their own: one that ends its decoder spares the others."""
+
+import asyncio
+
+import pytest
+
+from bt_core.errors import ScanError
+from bt_core.scans.preprocess import PreprocessSpec
+from serve import decoding
+from serve.decoding import UploadDecoder, decode_upload
+from tests.scan_files import GREY, deadly_dicom, encode
+
+SPECS = (PreprocessSpec(size_px=48),)
+PNG = encode(GREY, "PNG")
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    decoder = UploadDecoder(SPECS, num_processes=2)
+    yield decoder
+    decoder.close()
+
+
+def outcomes(decoder, *uploads):
+    async def all_of():
+        return await asyncio.gather(
+            *(decoder.decode(content, "") for content in uploads), return_exceptions=True
+        )
+
+    return asyncio.run(all_of())
+
+
+def reasons(results):
+    return [getattr(result, "reason", "") for result in results]
+
+
+def test_an_upload_is_decoded_as_in_this_process(decoder):
+    (answer,) = outcomes(decoder, PNG)
+    pixels, digest, frame = decode_upload(PNG, "", SPECS)
+    assert (answer[0][0] == pixels[0]).all()
+    assert answer[1:] == (digest, frame)
+
+
+def test_a_refusal_keeps_its_reason_and_detail(decoder):
+    (refusal,) = outcomes(decoder, b"no scan at all")
+    with pytest.raises(ScanError) as error:
+        decode_upload(b"no scan at all", "", SPECS)
+    assert str(refusal) == str(error.value)
+
+
+def test_files_that_end_their_decoder_are_refused_and_no_other(decoder):
+    """gdcm 3.2 calls abort() on this file; see `deadly_dicom`."""
+    results = outcomes(decoder, *[PNG, deadly_dicom()] * 4, PNG)
+    assert reasons(results) == ["", "decoder_crashed"] * 4 + [""]
+
+
+def test_an_upload_that_takes_too_long_is_refused(monkeypatch):
+    slow = UploadDecoder(SPECS, num_processes=1)
+    monkeypatch.setattr(decoding, "_attempt", _never_ends)
+    try:
+        assert reasons(outcomes(slow, PNG)) == ["decoder_crashed"]
+        monkeypatch.undo()
+        assert reasons(outcomes(slow, PNG)) == [""]
+    finally:
+        slow.close()
+
+
+def _never_ends(*_):
+    with decoding.bounded(2**31, 0.2):
+        while True:
+            pass
