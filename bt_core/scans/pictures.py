@@ -16,6 +16,7 @@ from bt_core.errors import ScanError
 from bt_core.scans.codestream import decode_with_opencv, jpeg_ends_early, jpeg_header
 from bt_core.scans.decoded import MAX_FRAME_BYTES, DecodedScan, check_bytes, check_size
 from bt_core.scans.intensity import scale_by_percentiles
+from bt_core.scans.png import plain_size, with_stored_data
 
 _PILLOW_FORMATS: Final = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 _EXIF_ORIENTATION: Final = 0x0112
@@ -27,11 +28,6 @@ _TIFF_MAGIC: Final = (b"II*\0", b"MM\0*")
 _JPEG_MAGIC: Final = b"\xff\xd8\xff"
 _PLAIN_JPEG: Final = frozenset({0xC0, 0xC1, 0xC4, 0xDB, 0xDD, 0xE0, 0xEE, 0xFE})
 """Markers of a sequential JPEG without EXIF or a second picture."""
-_PNG_MAGIC: Final = b"\x89PNG\r\n\x1a\n"
-_PLAIN_PNG: Final = frozenset(
-    b"IHDR PLTE IDAT IEND tRNS bKGD gAMA cHRM sRGB sBIT pHYs tIME tEXt zTXt iTXt".split()
-)
-"""Chunks of a PNG without EXIF or animation."""
 
 
 @dataclass(frozen=True)
@@ -90,25 +86,8 @@ def _open_plain_jpeg(content: bytes) -> _Header | None:
 
 
 def _open_plain_png(content: bytes) -> _Header | None:
-    """Read the header of a PNG that has no more than its picture, as for JPEG.
-
-    Raises:
-        ScanError: also for a chunk longer than the file, whatever the PNG: OpenCV would allocate
-            what it claims, up to 4 GB.
-    """
-    if not content.startswith(_PNG_MAGIC) or content[12:16] != b"IHDR":
-        return None
-    width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
-    if width and height:
-        check_size(width, height)
-    kinds, kind, position = set(), b"", len(_PNG_MAGIC)
-    while position < len(content) and kind != b"IEND":
-        kind = content[position + 4 : position + 8]
-        kinds.add(kind)
-        position += int.from_bytes(content[position : position + 4], "big") + 12
-        if position > len(content):
-            raise ScanError("truncated_image", "a chunk ends behind the file")
-    return _Header("PNG", width, height, "") if kinds <= _PLAIN_PNG else None
+    size = plain_size(content)
+    return _Header("PNG", *size, "") if size else None
 
 
 def _open(content: bytes) -> _Header:
@@ -159,7 +138,8 @@ def _read_pixels(content: bytes, header: _Header) -> np.ndarray | None:
     """Return (H, W) or (H, W, C) in OpenCV's channel order, None if the data is damaged."""
     if header.format == "TIFF" and header.mode == "RGBA":  # OpenCV multiplies it by alpha
         return np.asarray(header.pillow)[:, :, [2, 1, 0, 3]]
-    image = decode_with_opencv(content)
+    is_plain_png = header.format == "PNG" and header.pillow is None
+    image = decode_with_opencv(with_stored_data(content) if is_plain_png else content)
     if header.format != "JPEG" or image is None:
         return image
     # What libjpeg makes up in a sequential colour or grey picture is middle grey to its end.
