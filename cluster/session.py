@@ -106,9 +106,14 @@ def _init(num_cpus: int | None) -> None:
             address="local", num_cpus=cores, logging_level=logging.WARNING, log_to_driver=False
         )
     except (ConnectionError, RuntimeError) as error:
+        if not address:
+            raise UsageError(
+                f"Ray did not start on this machine: {error}; give the command again, or set "
+                "RAY_ADDRESS to a cluster that runs"
+            ) from error
         raise UsageError(
-            f"cannot reach Ray at {address or 'this machine'}: {error}; check RAY_ADDRESS and, "
-            "for a cluster that needs a token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            f"cannot reach Ray at {address}: {error}; check RAY_ADDRESS and, for a cluster that "
+            "needs a token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from error
     token = _TOKEN_FILE.expanduser()
     if token.exists():

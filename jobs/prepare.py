@@ -93,7 +93,8 @@ def run(
     _print_summary(info)
     say_if_random(key_is_kept, catalog["patient"])
     if conflicts:
-        print(f"label conflicts in {out}/docket.csv; fill it in and pass it with --resolve")
+        docket_at = storage.join(out, "docket.csv")
+        print(f"label conflicts open: {len(conflicts)}; fill in {docket_at} and pass --resolve")
     print(f"dataset in {out}")
     return EXIT_INCOMPLETE if info.num_left_out else EXIT_OK
 

@@ -73,7 +73,9 @@ def audit_figures(
         },
         "across_splits": _across_splits(columns, pictures, edges),
         "label_conflicts": [
-            catalog.select(["scan_id", "label", "given_split"]).take(pa.array(rows)).to_pylist()
+            catalog.select(["scan_id", "member", "label", "given_split"])
+            .take(pa.array(rows))
+            .to_pylist()
             for rows in conflicts
         ],
     }
@@ -120,7 +122,8 @@ def audit_text(figures: dict[str, Any]) -> str:
     lines = [
         f"{figures['num_readable']} of {figures['num_scans']} scans can be read"
         + "".join(f"; {n} {reason}" for reason, n in figures["unreadable"].items())
-        + (" (named in audit.json)" if figures["unreadable"] else ""),
+        + (" (named in audit.json)" if figures["unreadable"] else "")
+        + "".join(f"; skipped {n} {why}" for why, n in figures["skipped"].items()),
         f"exact copies: {exact['num_scans']} scans are {exact['num_pictures']} pictures",
         f"families: {families['num']}, of which {families['num_with_copies']} hold several copies "
         f"({families['num_scans_with_copies']} scans; the largest {families['largest']})",

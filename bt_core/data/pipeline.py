@@ -20,15 +20,11 @@ import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
 
 from bt_core.data.decode_stage import Columns, DecodeStage, RowStage
-from bt_core.data.families import (
-    CopyIndex,
-    FamilyStage,
-    Pairs,
-    exact_pairs,
-)
+from bt_core.data.families import CopyIndex, FamilyStage, Pairs, exact_pairs
 from bt_core.data.guard import MAX_RETRIES, num_overseers, oversee, oversee_stream
 from bt_core.data.stream import split_streamed
 from bt_core.data.thumbnails import SPECTRUM_LENGTH, THUMBNAIL
+from bt_core.log import Progress
 from bt_core.scans.preprocess import PreprocessSpec
 
 _SCORE_BATCH: Final = 64
@@ -89,7 +85,11 @@ def decode_catalog(refs: pa.Table, stage: RowStage | None = None) -> pa.Table:
         RuntimeError: if rows were lost, which would be a defect of this program.
     """
     dataset = decode(refs, stage or DecodeStage())
-    tables = [ray.get(ref) for ref in dataset.to_arrow_refs()]
+    tables = []
+    progress = Progress("read", refs.num_rows)
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        progress.add(table.num_rows)
+        tables.append(table)
     table = pa.concat_tables(tables, promote_options="permissive")
     check_rows(refs, table)
     return table
@@ -124,7 +124,9 @@ def describe_scans(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, np.nda
     thumbnails_NFF = np.zeros((refs.num_rows, THUMBNAIL.size_px, THUMBNAIL.size_px), np.uint8)
     spectra_ND = np.zeros((refs.num_rows, SPECTRUM_LENGTH), np.float32)
     tables = []
+    progress = Progress("read", refs.num_rows)
     for batch in decode(refs, stage).iter_batches(batch_size=None, batch_format="numpy"):
+        progress.add(len(batch["scan_id"]))
         rows = [row_of[scan_id] for scan_id in batch["scan_id"]]
         thumbnails_NFF[rows] = batch.pop("thumbnail")
         spectra_ND[rows] = batch.pop("spectrum")
