@@ -16,22 +16,23 @@ def run(
     docket.csv lists the label conflicts for a person to settle, copies.parquet the pairs. Exit code
     3 says that some files could not be read.
     """
+    from bt_core.scans.archives import list_scans
+    from bt_core.scans.identity import hash_key
+
+    out = storage.absolute(out)
+    if storage.exists(storage.join(out, "audit.json")) and not overwrite:
+        raise UsageError(f"{out} holds an audit; choose another -o, or pass --overwrite")
+    key, key_is_kept = hash_key()
+    listing = list_scans(source, key)  # a wrong path is answered before Ray is imported
     from bt_core.data import audit, copies
     from bt_core.data.catalog import label_refs_if_known
     from bt_core.data.decode_stage import REF_COLUMNS
     from bt_core.data.families import FamilyStage
     from bt_core.data.pipeline import decode_pixels, survey
-    from bt_core.scans.archives import list_scans
-    from bt_core.scans.identity import hash_key
     from cluster.session import session
 
-    out = storage.absolute(out)
-    if storage.exists(storage.join(out, "audit.json")) and not overwrite:
-        raise UsageError(f"{out} holds an audit; choose another -o, or pass --overwrite")
     if copies.has_decisions(storage.join(out, "docket.csv")):
         raise UsageError(f"{out}/docket.csv holds decisions; keep it, and choose another -o")
-    key, key_is_kept = hash_key()
-    listing = list_scans(source, key)
     refs = label_refs_if_known(listing.refs, task)
     with session():
         catalog, pairs = survey(refs, FamilyStage(key))

@@ -26,6 +26,11 @@ def run(
 
     Exit code 3 says that some scans could not be read; the page counts them by reason.
     """
+    from bt_core.scans.archives import list_scans
+    from bt_core.scans.identity import hash_key
+
+    key, _ = hash_key()
+    listing = list_scans(source, key)  # a wrong path is answered before Ray is imported
     from bt_core.data.catalog import label_refs_if_known
     from bt_core.data.copies import groups_by_scan
     from bt_core.data.explore import choose, describe_source, name_unlabelled, read_rows
@@ -34,16 +39,12 @@ def run(
     from bt_core.data.families import FamilyStage
     from bt_core.data.pipeline import decode_catalog, survey
     from bt_core.data.probe import probe_shortcuts
-    from bt_core.scans.archives import list_scans
-    from bt_core.scans.identity import hash_key
     from bt_core.training.recipe import load_recipe
     from cluster.session import session
 
     shown = load_recipe(recipe, RECIPES)
     out = storage.absolute(out)
     earlier_files(out)
-    key, _ = hash_key()
-    listing = list_scans(source, key)
     refs, names = name_unlabelled(label_refs_if_known(listing.refs, task))
     with session():
         chosen = choose(refs, _NUM_SAMPLED, _SHOWN_PER_ROW, seed)

@@ -52,26 +52,27 @@ def run(
 
     Exit code 3 says that some files are in no split; the catalog holds them with their reasons.
     """
+    from bt_core.scans.archives import list_scans
+    from bt_core.scans.identity import hash_key
+
+    if split not in ("family", "given"):
+        raise UsageError(f"--split {split}: use family or given")
+    if split == "given" and keep_splits:
+        raise UsageError("--keep-splits has no effect on --split given; leave one of them out")
+    key, key_is_kept = hash_key()
+    listing = list_scans(source, key)  # a wrong path is answered before Ray is imported
     from bt_core.data import copies
     from bt_core.data.catalog import Dataset, describe, label_refs, splits_by_pixels
     from bt_core.data.families import FamilyStage
     from bt_core.data.pipeline import survey
     from bt_core.data.splits import SplitPlan, assign_splits
     from bt_core.data.views import ensure_view
-    from bt_core.scans.archives import list_scans
-    from bt_core.scans.identity import hash_key
     from bt_core.training.recipe import load_recipe
     from cluster.session import session
 
-    if split not in ("family", "given"):
-        raise UsageError(f"--split {split}: use family or given")
-    if split == "given" and keep_splits:
-        raise UsageError("--keep-splits has no effect on --split given; leave one of them out")
     plan = SplitPlan(by=split, seed=seed)
     specs = [load_recipe(name, RECIPES).preprocess for name in recipe or ["mobilenetv2"]]
     out = storage.absolute(out)
-    key, key_is_kept = hash_key()
-    listing = list_scans(source, key)
     refs, space = label_refs(listing.refs, task)
     decisions = copies.read_docket(resolve, space) if resolve else {}
     previous = splits_by_pixels(Dataset(keep_splits)) if keep_splits else None
