@@ -15,9 +15,11 @@ from jobs import (
     explore,
     phantom,
     prepare,
+    recipes,
     score,
     serve,
     train,
+    weights,
 )
 from jobs.command import command
 
@@ -48,6 +50,16 @@ bench_app.command("score")(command("bench score", bench.run_score))
 bench_app.command("audit")(command("bench audit", bench_data.run_audit))
 bench_app.command("decode")(command("bench decode", bench_data.run_decode))
 app.add_typer(bench_app, name="bench", no_args_is_help=True)
+recipes_app = typer.Typer(help="What recipes there are, and what one of them builds.")
+recipes_app.command("list")(command("recipes list", recipes.run_list))
+recipes_app.command("show")(command("recipes show", recipes.run_show))
+recipes_app.command("schema")(command("recipes schema", recipes.run_schema))
+app.add_typer(recipes_app, name="recipes", no_args_is_help=True)
+weights_app = typer.Typer(help="Initial weights for sites without internet.")
+weights_app.command("list")(command("weights list", weights.run_list))
+weights_app.command("check")(command("weights check", weights.run_check))
+weights_app.command("stage")(command("weights stage", weights.run_stage))
+app.add_typer(weights_app, name="weights", no_args_is_help=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

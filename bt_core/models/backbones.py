@@ -2,8 +2,8 @@
 
 timm is imported when a backbone is built: it takes five seconds, which most commands save.
 
-A backbone has no classifier; its contract is timm's: forward_features,
-forward_head(pre_logits=True), num_features.
+A backbone has no classifier; its contract is timm's: forward_features and
+forward_head(pre_logits=True).
 """
 
 import json
@@ -37,14 +37,31 @@ class Backbone:
     mean: Triple
     std: Triple
 
-    @property
-    def num_features(self) -> int:
-        """Width of the pooled features."""
-        return int(self.module.num_features)  # type: ignore[arg-type]
+
+def input_size_px(spec: ModelSpec) -> int | None:
+    """Return the side of the images that a timm backbone was made for; None for own networks.
+
+    Raises:
+        ConfigError: if no such backbone exists; names similar ones.
+        WeightsError: if a local folder is not one of timm's.
+    """
+    if spec.backbone in NETWORKS:
+        return None
+    timm = timm_with(spec.backbone)
+    if spec.weights_source == "local-dir":
+        config = read_config(spec)
+        size = config.get("pretrained_cfg", config).get("input_size")
+        if size:
+            return int(size[-1])
+    return int(timm.get_pretrained_cfg(spec.backbone).input_size[-1])
 
 
-def build_backbone(spec: ModelSpec) -> Backbone:
+def build_backbone(spec: ModelSpec, size_px: int) -> Backbone:
     """Build a backbone with its initial weights.
+
+    Args:
+        spec: backbone and weights.
+        size_px: side of its input; networks that are bound to one size are built for this one.
 
     Raises:
         ConfigError: if no such backbone exists; names similar ones.
@@ -58,41 +75,64 @@ def build_backbone(spec: ModelSpec) -> Backbone:
             )
         try:
             return Backbone(NETWORKS[spec.backbone](**spec.backbone_args), spec, _HALF, _HALF)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"model.backbone_args: {spec.backbone}: {error}") from error
-    import timm
-
-    if not timm.is_model(spec.backbone):
-        near = timm.list_models(f"*{spec.backbone.split('_')[0][:6]}*")[:5]
-        raise ConfigError(
-            f"model.backbone: no backbone {spec.backbone!r} in timm {timm.__version__} or in "
-            f"{sorted(NETWORKS)}; near: {', '.join(near) or 'none'}"
-        )
+    timm = timm_with(spec.backbone)
+    own = timm.get_pretrained_cfg(spec.backbone)
+    if own.fixed_input_size and own.input_size[-1] != size_px:
+        arguments = {"img_size": size_px, **spec.backbone_args}
+        spec = spec.model_copy(update={"backbone_args": arguments})
     if spec.weights_source == "local-dir":
         return _from_local_dir(spec)
     return _from_timm(spec, spec.backbone, pretrained=spec.weights_source == "hub")
 
 
-def _from_local_dir(spec: ModelSpec) -> Backbone:
+def timm_with(name: str) -> Any:
+    """Return the module timm.
+
+    Raises:
+        ConfigError: if it has no such backbone; names similar ones.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0][:6]}*")[:5]
+        raise ConfigError(
+            f"model.backbone: no backbone {name!r} in timm {timm.__version__} or in "
+            f"{sorted(NETWORKS)}; near: {', '.join(near) or 'none'}"
+        )
+    return timm
+
+
+def read_config(spec: ModelSpec) -> dict[str, Any]:
+    """Return the `config.json` of a local folder of weights.
+
+    Raises:
+        WeightsError: if there is none, or its architecture is not the spec's (one that is empty
+            takes any).
+    """
     path = spec.weights.partition(":")[2]
     try:
         with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
+            config: dict[str, Any] = json.load(file)
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"model.weights: {path} is not a timm folder (config.json and model.safetensors): "
             f"{type(error).__name__}; check the path, or use hub or none"
         ) from error
     architecture = str(config.get("architecture", ""))
-    if architecture.split(".")[0] != spec.backbone.split(".")[0]:
+    if spec.backbone and architecture.split(".")[0] != spec.backbone.split(".")[0]:
         raise WeightsError(
             f"model.weights: {path} holds {architecture!r}, but the recipe's backbone is "
             f"{spec.backbone!r}; point to matching weights, or use hub or none"
         )
-    spec = spec.model_copy(
-        update={"backbone_args": {**config.get("model_args", {}), **spec.backbone_args}}
-    )
-    return _from_timm(spec, f"local-dir:{path}", pretrained=True)
+    return config
+
+
+def _from_local_dir(spec: ModelSpec) -> Backbone:
+    arguments = {**read_config(spec).get("model_args", {}), **spec.backbone_args}
+    spec = spec.model_copy(update={"backbone_args": arguments})
+    return _from_timm(spec, spec.weights, pretrained=True)
 
 
 def _from_timm(spec: ModelSpec, name: str, pretrained: bool) -> Backbone:

@@ -103,7 +103,9 @@ class Bundle:
             BundleError: if the weights do not fit the stated architecture.
         """
         path = f"members/{member.name}/model.safetensors"
-        classifier = rebuild_classifier(member.model, self.info.label_space.num_classes)
+        classifier = rebuild_classifier(
+            member.model, member.preprocess, self.info.label_space.num_classes
+        )
         try:
             classifier.load_state_dict(safetensors.torch.load(self._read(path)))
         except (SafetensorError, RuntimeError) as error:

@@ -3,12 +3,22 @@
 Shape suffixes: B batch, C channels, D features, K classes.
 """
 
+from typing import Final
+
 import torch
 from torch import nn
 
-from bt_core.models.backbones import build_backbone
-from bt_core.models.spec import HeadSpec, ModelSpec
+from bt_core.errors import ConfigError
+from bt_core.models.backbones import Backbone, build_backbone
+from bt_core.models.spec import HeadSpec, Init, ModelSpec
 from bt_core.scans.preprocess import PreprocessSpec
+
+_ACTIVATIONS: Final[dict[str, type[nn.Module]]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
 
 
 class Classifier(nn.Module):
@@ -17,22 +27,30 @@ class Classifier(nn.Module):
     Args:
         backbone: a module with forward_features and forward_head(pre_logits=True).
         head: maps pooled features_BD to logits_BK.
+        flatten: give the head the whole feature map instead of what the backbone pools.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module, flatten: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.flatten = flatten
 
     def forward_features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Return the backbone's last feature map or tokens."""
         features: torch.Tensor = self.backbone.forward_features(images_BCHW)  # type: ignore[operator]
         return features
 
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """Return pooled (or flattened) features_BD, what the head is given."""
+        if self.flatten:
+            return features.flatten(1)
+        pooled_BD: torch.Tensor = self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        return pooled_BD
+
     def forward_head(self, features: torch.Tensor) -> torch.Tensor:
         """Return logits_BK of the backbone's features."""
-        pooled_BD = self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
-        logits_BK: torch.Tensor = self.head(pooled_BD)
+        logits_BK: torch.Tensor = self.head(self.pool(features))
         return logits_BK
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -41,14 +59,30 @@ class Classifier(nn.Module):
 
 
 def build_head(num_features: int, num_classes: int, spec: HeadSpec) -> nn.Sequential:
-    """Return the layers from pooled features_BD to logits_BK."""
+    """Return the layers from features_BD to logits_BK."""
     layers: list[nn.Module] = []
-    for width in spec.hidden:
-        layers += [nn.Linear(num_features, width), nn.ReLU(), nn.Dropout(spec.dropout)]
-        num_features = width
-    if not spec.hidden:
-        layers.append(nn.Dropout(spec.dropout))
-    return nn.Sequential(*layers, nn.Linear(num_features, num_classes))
+    for layer in spec.all_layers():
+        if layer.dense is not None:
+            layers.append(_linear(num_features, layer.dense, spec.init))
+            num_features = layer.dense
+        elif layer.activation is not None:
+            layers.append(_ACTIVATIONS[layer.activation]())
+        elif layer.dropout is not None:
+            layers.append(nn.Dropout(layer.dropout))
+        else:
+            layers.append(nn.BatchNorm1d(num_features))
+    return nn.Sequential(*layers, _linear(num_features, num_classes, spec.init))
+
+
+def _linear(num_features: int, width: int, init: Init) -> nn.Linear:
+    linear = nn.Linear(num_features, width)
+    if init == "he":
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+    elif init == "glorot":
+        nn.init.xavier_uniform_(linear.weight)
+    if init != "default":
+        nn.init.zeros_(linear.bias)
+    return linear
 
 
 def build_classifier(
@@ -67,23 +101,45 @@ def build_classifier(
         preprocessing spec with its normalisation filled in.
 
     Raises:
-        ConfigError: if the backbone does not exist.
+        ConfigError: if the backbone does not exist, or cannot take images of this size.
         WeightsError: if the weights cannot be had.
     """
     if preprocess.channels != 3:
         arguments = {**model.backbone_args, "in_chans": preprocess.channels}
         model = model.model_copy(update={"backbone_args": arguments})
-    backbone = build_backbone(model)
-    head = build_head(backbone.num_features, num_classes, model.head)
+    backbone = build_backbone(model, preprocess.size_px)
+    head = build_head(_num_head_inputs(backbone, model, preprocess), num_classes, model.head)
     resolved = preprocess
     if preprocess.normalize == "backbone":
         own = {"mean": preprocess.mean or backbone.mean, "std": preprocess.std or backbone.std}
         resolved = preprocess.model_copy(update=own)
-    classifier = Classifier(backbone.module, head)
+    classifier = Classifier(backbone.module, head, model.head.pool == "flatten")
     return classifier.to(memory_format=torch.channels_last), backbone.spec, resolved
 
 
-def rebuild_classifier(model: ModelSpec, num_classes: int) -> Classifier:
-    """Return the empty network of a resolved spec, for weights that are loaded next."""
+def rebuild_classifier(
+    model: ModelSpec, preprocess: PreprocessSpec, num_classes: int
+) -> Classifier:
+    """Return the empty network of resolved specs, for weights that are loaded next."""
     bare = model.model_copy(update={"weights": "none"})
-    return build_classifier(bare, PreprocessSpec(), num_classes)[0].eval()
+    return build_classifier(bare, preprocess, num_classes)[0].eval()
+
+
+@torch.no_grad()
+def _num_head_inputs(backbone: Backbone, model: ModelSpec, preprocess: PreprocessSpec) -> int:
+    """Return the width of what the head is given, by running the backbone on a black image."""
+    side = preprocess.size_px
+    black = torch.zeros(1, preprocess.channels, side, side)
+    was_training = backbone.module.training
+    backbone.module.eval()  # or batch norm would take the image into its statistics
+    try:
+        features: torch.Tensor = backbone.module.forward_features(black)  # type: ignore[operator]
+        if model.head.pool == "backbone":
+            features = backbone.module.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"model.backbone: {model.backbone} cannot take images of {side}x{side}: "
+            f"{str(error).splitlines()[0]}; choose another preprocess.size_px"
+        ) from error
+    backbone.module.train(was_training)
+    return features.flatten(1).shape[1]

@@ -1,7 +1,7 @@
 """Networks from scratch, with timm's contract: forward_features, then forward_head(pre_logits)."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -44,5 +44,59 @@ class SmallCnn(nn.Module):
         return features.mean((2, 3))
 
 
-NETWORKS: Final[dict[str, Callable[..., nn.Module]]] = {"cnn_small": SmallCnn}
+class ConvStack(nn.Module):
+    """3x3 convolutions with ReLU, max pools and dropout in any order, as in classic CNNs.
+
+    Args:
+        layers: channels of a convolution, `pool` (2x2), or `{"dropout": p}`, in order.
+        padding: `same` keeps the size in a convolution, `valid` takes 2 px from it.
+        batch_norm: put batch norm between each convolution and its ReLU.
+        in_chans: channels of the input.
+
+    Raises:
+        ValueError: for a layer that is none of these.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int | str | dict[str, float]],
+        padding: str = "same",
+        batch_norm: bool = False,
+        in_chans: int = 3,
+    ) -> None:
+        super().__init__()
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding is same or valid, not {padding!r}")
+        built: list[nn.Module] = []
+        for layer in layers:
+            if isinstance(layer, int) and not isinstance(layer, bool) and layer > 0:
+                built.append(nn.Conv2d(in_chans, layer, 3, padding=padding, bias=not batch_norm))
+                built += [nn.BatchNorm2d(layer)] if batch_norm else []
+                built.append(nn.ReLU(inplace=True))
+                in_chans = layer
+            elif layer == "pool":
+                built.append(nn.MaxPool2d(2))
+            elif isinstance(layer, dict) and list(layer) == ["dropout"]:
+                built.append(nn.Dropout(layer["dropout"]))
+            else:
+                raise ValueError(f"a layer is a number of channels, pool or dropout, not {layer!r}")
+        self.features = nn.Sequential(*built)
+        self.num_features = in_chans
+
+    def forward_features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return the last feature map (B, num_features, h, w)."""
+        features: torch.Tensor = self.features(images_BCHW)
+        return features
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = True) -> torch.Tensor:
+        """Return pooled features (B, num_features); there are no logits here, see the head."""
+        if not pre_logits:
+            raise ValueError("a backbone has no logits; the head is a module of its own")
+        return features.mean((2, 3))
+
+
+NETWORKS: Final[dict[str, Callable[..., nn.Module]]] = {
+    "cnn_small": SmallCnn,
+    "conv_stack": ConvStack,
+}
 """Own networks by the name used in `ModelSpec.backbone`."""

@@ -1,27 +1,74 @@
 """What a classifier is made of, as written in a recipe and kept in a bundle."""
 
 import os
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from bt_core.config import StrictModel
 
+Activation = Literal["relu", "gelu", "silu", "tanh"]
+Init = Literal["default", "he", "glorot"]
+
+
+class LayerSpec(StrictModel):
+    """One layer of a head, as a mapping of one key: `dense: 128`, `dropout: 0.5`, ..."""
+
+    dense: PositiveInt | None = None
+    """Width of a linear layer."""
+    activation: Activation | None = None
+    dropout: float | None = Field(None, ge=0, lt=1)
+    batch_norm: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        stated = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(stated) != 1:
+            names = ", ".join(type(self).model_fields)
+            raise ValueError(f"a layer is exactly one of {names}; got {stated or 'none'}")
+        return self
+
 
 class HeadSpec(StrictModel):
-    """The layers after the backbone's pooled features."""
+    """The layers between the backbone's features and the classes; a linear layer comes last.
 
-    hidden: tuple[int, ...] = ()
+    Either `layers` says them one by one, or `hidden` and `dropout` say the usual ones in short.
+    """
+
+    pool: Literal["backbone", "flatten"] = "backbone"
+    """The backbone's own pooling (an average, for most), or the whole feature map flattened."""
+    hidden: tuple[PositiveInt, ...] = ()
     """Widths of ReLU layers before the last linear layer."""
-    dropout: float = Field(0.2, ge=0, lt=1)
-    """Before the last linear layer, and after each hidden one."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """Before the last linear layer, and after each hidden one; None without `layers` is 0.2."""
+    layers: tuple[LayerSpec, ...] = ()
+    init: Init = "default"
+    """Of the linear layers' weights: torch's own, He's normal, or Glorot's uniform as in Keras; the
+    last two start with biases of 0."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.layers and (self.hidden or self.dropout is not None):
+            raise ValueError("write hidden and dropout, or layers, not both")
+        return self
+
+    def all_layers(self) -> tuple[LayerSpec, ...]:
+        """Return the layers before the last linear one, however they were written."""
+        if self.layers:
+            return self.layers
+        drop = LayerSpec(dropout=0.2 if self.dropout is None else self.dropout)
+        blocks = [
+            (LayerSpec(dense=width), LayerSpec(activation="relu"), drop) for width in self.hidden
+        ]
+        return tuple(layer for block in blocks for layer in block) or (drop,)
 
 
 class ModelSpec(StrictModel):
     """A backbone, its initial weights and its head."""
 
     backbone: str
-    """A name of `timm.list_models()`, or one of this project's own networks (`cnn_small`)."""
+    """A name of `timm.list_models()`, or one of this project's own networks (`cnn_small`,
+    `conv_stack`)."""
     backbone_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the backbone's constructor."""
     weights: str = "hub"

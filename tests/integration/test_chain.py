@@ -145,7 +145,7 @@ def test_two_workers_train_on_disjoint_shards_and_validate_everything(chain, ray
     assert code == 0
     run = Run(str(out))
     assert run.info.num_workers == 2
-    model = rebuild_classifier(run.info.model, 4)
+    model = rebuild_classifier(run.info.model, run.info.preprocess, 4)
     model.load_state_dict(run.state_dict())
     view = next(p for p in (chain.data / "views").iterdir() if p.name.startswith("48px"))
     rows_by_id = {r["scan_id"]: r for r in read_view(str(view), "validation").take_all()}

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bt_core import storage
+from bt_core.config import parse
 from bt_core.ensemble.ensemble import Ensemble
 from bt_core.errors import BundleError, ConfigError, WeightsError
 from bt_core.inference.predictor import Predictor, distinct_specs
@@ -217,15 +218,85 @@ def test_heads_have_the_widths_of_their_spec():
     assert [(m.in_features, m.out_features) for m in linear] == [(1280, 128), (128, 16), (16, 4)]
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny_patch16_224"])
-def test_any_timm_backbone_becomes_a_classifier(backbone):
-    spec = ModelSpec(backbone=backbone, weights="none")
-    model, resolved, preprocess = build_classifier(spec, PreprocessSpec(), 4)
-    images = torch.rand(1, 3, 224, 224)
-    assert model(images).shape == (1, 4)
+def kinds(head):
+    return [type(module).__name__ for module in head]
+
+
+def test_a_head_has_its_layers_in_order_with_the_stated_initialisation():
+    layers = [{"dense": 512}, {"dropout": 0.4}, {"batch_norm": True}, {"activation": "relu"}]
+    torch.manual_seed(0)
+    head = build_head(2048, 2, HeadSpec(layers=layers, init="he"))
+    assert kinds(head) == ["Linear", "Dropout", "BatchNorm1d", "ReLU", "Linear"]
+    assert head[0].weight.std() == pytest.approx((2 / 2048) ** 0.5, rel=0.02)
+    assert not head[0].bias.any()
+    limit = (6 / (2048 + 512)) ** 0.5
+    glorot = build_head(2048, 2, HeadSpec(layers=layers, init="glorot"))[0].weight
+    assert 0.99 * limit < glorot.abs().max() <= limit
+
+
+@pytest.mark.parametrize(
+    ("head", "text"),
+    [
+        ({"layers": [{"dense": 8, "dropout": 0.1}]}, "exactly one of"),
+        ({"layers": [{}]}, "exactly one of"),
+        ({"layers": [{"dropout": 0.1}], "hidden": [8]}, "not both"),
+        ({"layers": [{"dense": 8}], "dropout": 0.1}, "not both"),
+        ({"layers": [{"width": 8}]}, "valid here: activation, batch_norm, dense, dropout"),
+    ],
+)
+def test_a_head_that_contradicts_itself_is_refused(head, text):
+    with pytest.raises(ConfigError, match=text):
+        parse(HeadSpec, head, "head")
+
+
+def test_a_head_comes_back_from_its_json():
+    for head in (HeadSpec(), HeadSpec(hidden=(8,), dropout=0.1), HeadSpec(layers=[{"dense": 8}])):
+        assert HeadSpec.model_validate(json.loads(head.model_dump_json())) == head
+
+
+def test_a_flattened_map_gives_the_head_its_real_width():
+    spec = ModelSpec(
+        backbone="conv_stack",
+        backbone_args={"layers": [8, "pool", 16, "pool"], "padding": "valid"},
+        weights="none",
+        head=HeadSpec(pool="flatten", hidden=(5,)),
+    )
+    model, resolved, preprocess = build_classifier(spec, PreprocessSpec(size_px=46), 4)
+    assert model.head[0].in_features == 16 * 10 * 10  # 46, 44, 22, 20, 10
+    assert model(torch.rand(2, 3, 46, 46)).shape == (2, 4)
+    rebuilt = rebuild_classifier(resolved, preprocess, 4)
+    rebuilt.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size", "text"),
+    [
+        ({"layers": [8, "pol"]}, 48, "'pol'"),
+        ({"layers": [8, {"drop": 0.5}]}, 48, "drop"),
+        ({"layers": [8], "padding": "full"}, 48, "'full'"),
+        ({"layers": [8, *["pool"] * 6]}, 48, "cannot take images of 48x48"),
+    ],
+)
+def test_a_stack_that_cannot_be_built_says_why(arguments, size, text):
+    spec = ModelSpec(backbone="conv_stack", backbone_args=arguments, weights="none")
+    with pytest.raises(ConfigError, match=text):
+        build_classifier(spec, PreprocessSpec(size_px=size), 4)
+
+
+@pytest.mark.parametrize("pool", ["backbone", "flatten"])
+@pytest.mark.parametrize(
+    "backbone",
+    # plain, with a wide last layer in the head, bound to one size, hybrid, channels last
+    ["resnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224", "levit_128s", "tiny_vit_5m_224"],
+)
+def test_any_timm_backbone_becomes_a_classifier_at_any_size(backbone, pool):
+    spec = ModelSpec(backbone=backbone, weights="none", head=HeadSpec(pool=pool))
+    model, resolved, preprocess = build_classifier(spec, PreprocessSpec(size_px=128), 4)
+    images = torch.rand(2, 3, 128, 128)
+    assert model(images).shape == (2, 4)
     assert torch.equal(model.eval()(images), model.forward_head(model.forward_features(images)))
     assert preprocess.mean is not None
-    rebuilt = rebuild_classifier(resolved, 4)
+    rebuilt = rebuild_classifier(resolved, preprocess, 4)
     rebuilt.load_state_dict(model.state_dict())
     assert torch.equal(rebuilt(images), model(images))
 
@@ -248,7 +319,7 @@ def test_weights_come_from_a_timm_folder_with_its_arguments(tmp_path):
     assert torch.equal(model.backbone.conv_stem.weight, source.conv_stem.weight)
     assert resolved.backbone_args == {"pad_type": "same"}
     assert preprocess.std == (0.25, 0.25, 0.25)
-    rebuilt = rebuild_classifier(resolved, 4)
+    rebuilt = rebuild_classifier(resolved, preprocess, 4)
     rebuilt.load_state_dict(model.state_dict())
     images = torch.rand(1, 3, 96, 96)
     assert torch.equal(rebuilt(images), model.eval()(images))
@@ -297,6 +368,6 @@ def test_one_channel_goes_through_training_bundle_and_golden_input(backbone):
     assert torch.allclose(
         images, torch.tensor(-np.mean(resolved.mean) / np.mean(resolved.std)).float()
     )
-    assert rebuild_classifier(resolved_model, 4)(images).shape == (2, 4)
+    assert rebuild_classifier(resolved_model, resolved, 4)(images).shape == (2, 4)
     assert spec.pixel_digest == PreprocessSpec(size_px=48).pixel_digest
     assert spec.digest != PreprocessSpec(size_px=48).digest
