@@ -131,6 +131,7 @@ def read_config(spec: ModelSpec) -> dict[str, Any]:
 
 def _from_local_dir(spec: ModelSpec) -> Backbone:
     arguments = {**read_config(spec).get("model_args", {}), **spec.backbone_args}
+    arguments.pop("num_classes", None)  # of the classifier that the weights came with
     spec = spec.model_copy(update={"backbone_args": arguments})
     return _from_timm(spec, spec.weights, pretrained=True)
 
