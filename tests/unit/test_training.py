@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from bt_core.errors import RunError
 from bt_core.models.classifier import build_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.spec import ModelSpec
@@ -11,16 +12,16 @@ from bt_core.scans.preprocess import PreprocessSpec
 from bt_core.training.augment import augment
 from bt_core.training.engine import (
     Predictions,
-    _loss,
-    build_optimizer,
-    build_schedule,
     fit,
     steps_per_epoch,
     stopped_early,
     worker_batch_size,
 )
 from bt_core.training.launch import plan_scaling
-from bt_core.training.recipe import AugmentSpec, Recipe, TrainSpec
+from bt_core.training.losses import build_loss
+from bt_core.training.recipe import Recipe
+from bt_core.training.spec import AugmentSpec, TrainSpec
+from bt_core.training.stages import build_optimizer, build_schedule
 
 SIDE = 32
 
@@ -140,7 +141,7 @@ def test_early_stopping_counts_from_the_best_epoch():
 
 
 def test_a_diverging_run_says_so():
-    with pytest.raises(FloatingPointError, match="learning rate"):
+    with pytest.raises(RunError, match=r"lower train\.learning_rate"):
         run(AloneContext(), toy_recipe(learning_rate=1e30, optimizer="sgd", schedule="constant"))
 
 
@@ -217,8 +218,8 @@ def test_a_worker_fits_on_a_node():
 
 
 def test_a_class_without_scans_draws_no_answers():
-    loss = _loss(TrainSpec(class_weights=True, label_smoothing=0.05), [1000, 500, 0])
-    torch.testing.assert_close(loss.weight, torch.tensor([0.75, 1.5, 0.0]))
+    loss = build_loss(TrainSpec(class_weights=True, label_smoothing=0.05), [1000, 500, 0])
+    torch.testing.assert_close(loss.weight_K, torch.tensor([0.75, 1.5, 0.0]))
 
 
 def test_gpu_workers_default_to_one_for_each_gpu():
