@@ -327,3 +327,18 @@ def test_a_loss_that_diverges_leaves_the_checkpoint_of_the_epoch_before():
     state = context.restore()
     assert [f["epoch"] for f in state["history"]] == [1]
     assert all(t.isfinite().all() for t in state["model"].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_half_precision_is_the_default_and_too_large_a_batch_is_explained():
+    cuda = torch.device("cuda")
+    assert autocast_dtype("auto", cuda) in (torch.bfloat16, torch.float16)
+    with pytest.raises(RunError, match="memory of the GPU"), explained_memory(TrainSpec(), cuda):
+        torch.empty(2**50, device=cuda)
+    context = AloneContext()
+    context.device = cuda
+    context.wrap = lambda model: model.to(cuda)
+    run(context, toy_recipe(epochs=6, ema_decay=0.5))
+    assert context.metrics[-1]["val_accuracy"] > 0.9
+    assert context.metrics[-1]["memory_mib"] > 0
