@@ -62,27 +62,42 @@ def load_yaml(location: str) -> dict[str, Any]:
 def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Return `content` with dotted overrides such as `train.epochs=3` applied (values are YAML).
 
+    Entries of a list are named by their number from 0, as in `train.stages.1.epochs=3`.
+
     Raises:
-        ConfigError: if an override has no `=`, or runs through something that is not a mapping.
+        ConfigError: if an override has no `=`, runs through a plain value, or names an entry that a
+            list does not have.
     """
-    result = {**content}
+    result = content
     for override in overrides:
         path, separator, value = override.partition("=")
         if not separator or not path:
             raise ConfigError(f"--set {override!r}: write it as section.key=value")
-        node = result
-        *parents, leaf = path.split(".")
-        for parent in parents:
-            child = node.get(parent, {})
-            if not isinstance(child, dict):
-                raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
-            node[parent] = child = {**child}
-            node = child
         try:
-            node[leaf] = yaml.safe_load(value)
+            new = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override!r}: the value is not valid YAML") from error
+        result = _with_value(result, path.split("."), new, override)
     return result
+
+
+def _with_value(node: Any, path: list[str], value: Any, override: str) -> Any:
+    """Return a copy of nested mappings and lists with one value replaced."""
+    if not path:
+        return value
+    key, *rest = path
+    if isinstance(node, dict):
+        return {**node, key: _with_value(node.get(key, {}), rest, value, override)}
+    if not isinstance(node, list):
+        raise ConfigError(f"--set {override!r}: {key!r} is below a value, not a section")
+    if not key.isdecimal() or int(key) >= len(node):
+        raise ConfigError(
+            f"--set {override!r}: {key!r} is none of the list's entries, which are 0 to "
+            f"{len(node) - 1}"
+        )
+    copy = [*node]
+    copy[int(key)] = _with_value(node[int(key)], rest, value, override)
+    return copy
 
 
 def _fault_text(model: type[BaseModel], fault: dict[str, Any]) -> str:

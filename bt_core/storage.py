@@ -233,9 +233,13 @@ def write_bytes(location: str, content: bytes) -> None:
     filesystem_, path = filesystem(location)
     filesystem_.create_dir(os.path.dirname(path), recursive=True)
     beside = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    with filesystem_.open_output_stream(beside) as file:
-        file.write(content)
-    filesystem_.move(beside, path)
+    try:
+        with filesystem_.open_output_stream(beside) as file:
+            file.write(content)
+        filesystem_.move(beside, path)
+    except OSError:  # a full disk, which what was written of the file would fill
+        remove_file(f"{location}{beside.removeprefix(path)}")
+        raise
 
 
 def read_json(location: str) -> Any:

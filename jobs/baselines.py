@@ -23,8 +23,8 @@ from bt_core.models.inputs import Preprocessor
 from bt_core.scans.formats import decode_scan
 from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels
 from bt_core.training.augment import augment
-from bt_core.training.engine import build_optimizer, build_schedule
 from bt_core.training.recipe import Recipe
+from bt_core.training.stages import build_optimizer, build_schedule
 
 
 def plain_train(

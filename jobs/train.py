@@ -10,6 +10,18 @@ from jobs.command import DataOption, DeviceOption, OutOption, OverwriteOption
 from jobs.recipes_folder import RECIPES
 
 
+def _without_password(uri: str | None) -> str | None:
+    """Refuse a URI with a password before it is sent to a cluster as part of the command."""
+    from bt_core.training.tracking import check_mlflow_uri
+
+    if uri is not None:
+        try:
+            check_mlflow_uri(uri)
+        except UsageError as error:
+            raise typer.BadParameter(str(error)) from None
+    return uri
+
+
 def run(
     recipe: Annotated[str, typer.Option("--recipe", help="Name of a recipe, or a .yaml file.")],
     data: DataOption,
@@ -22,6 +34,17 @@ def run(
         int | None, typer.Option(min=1, help="Training workers. [default: one per GPU, else 1]")
     ] = None,
     device: DeviceOption = "auto",
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write event files into the run folder.")
+    ] = False,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            callback=_without_password,
+            help="Log to MLflow too: a server, or a folder as file:///PATH. [extra: mlflow]",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
 ) -> int:
     """Fine-tune one classifier, or go on with an interrupted run."""
@@ -29,6 +52,7 @@ def run(
     from bt_core.evaluation.plots import training_curves_png
     from bt_core.training.launch import check_settings, plan_scaling, train
     from bt_core.training.recipe import load_recipe
+    from bt_core.training.tracking import tracking
     from cluster.session import choose_device, session
 
     loaded = load_recipe(recipe, RECIPES, settings or [])
@@ -48,7 +72,8 @@ def run(
             resources.num_gpus,
             resources.largest_node_cpus,
         )
-        finished = train(loaded, dataset, out, scaling)
+        with tracking(loaded, out, tensorboard, mlflow) as trackers:
+            finished = train(loaded, dataset, out, scaling, trackers)
     curves = training_curves_png(finished.history())
     storage.write_bytes(storage.join(out, "curves.png"), curves)
     best, metrics = finished.info.best_epoch, finished.info.metrics

@@ -1,5 +1,6 @@
 """Pictures as PNG bytes, drawn without a display."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,10 @@ def confusion_matrix_png(matrix_KK: Sequence[Sequence[int]], names: Sequence[str
 
 
 def training_curves_png(history: Sequence[dict[str, Any]]) -> bytes:
-    """Draw loss, validation log loss and validation accuracy against the epoch."""
+    """Draw loss, validation log loss, accuracy and macro F1 against the epoch.
+
+    Dotted lines are borders of stages, the dashed one is the best epoch, whose weights are kept.
+    """
     epochs = [figures["epoch"] for figures in history]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -51,7 +55,16 @@ def training_curves_png(history: Sequence[dict[str, Any]]) -> bytes:
         color=ORANGE,
         label="validation macro F1",
     )
+    borders = [
+        later["epoch"] - 0.5
+        for earlier, later in itertools.pairwise(history)
+        if later["stage"] != earlier["stage"]
+    ]
+    best = max(history, key=lambda f: float(f["val_score"]))["epoch"]
     for axes in (left, right):
+        for border in borders:
+            axes.axvline(border, color="grey", linestyle=":")
+        axes.axvline(best, color="grey", linestyle="--", linewidth=1, label=f"best epoch: {best}")
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.legend()

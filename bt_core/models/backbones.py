@@ -157,3 +157,33 @@ def _from_timm(spec: ModelSpec, name: str, pretrained: bool) -> Backbone:
 def _triple(values: Any) -> Triple:
     first, second, third = (float(v) for v in values)
     return first, second, third
+
+
+def parameter_groups(backbone: nn.Module) -> list[list[str]]:
+    """Return the names of a backbone's parameters in groups (blocks), from shallow to deep.
+
+    Of timm's models these are the groups that the model itself states, of other networks the
+    top-level children in order. One without a weight matrix, a norm, joins the one before.
+    """
+    matcher: Any = getattr(backbone, "group_matcher", None)
+    if matcher is not None:
+        from timm.models import group_parameters
+
+        by_depth = group_parameters(backbone, matcher(coarse=False))
+        stated = [by_depth[depth] for depth in sorted(by_depth)]
+    else:
+        prefix, node = "", backbone
+        while len(children := list(node.named_children())) == 1:
+            prefix, node = f"{prefix}{children[0][0]}.", children[0][1]
+        stated = [
+            [f"{prefix}{child}.{name}" for name, _ in module.named_parameters()]
+            for child, module in children
+        ]
+    matrices = {name for name, parameter in backbone.named_parameters() if parameter.ndim > 1}
+    groups: list[list[str]] = []
+    for names in filter(None, stated):
+        if groups and not matrices.intersection(names):
+            groups[-1] += names
+        else:
+            groups.append(names)
+    return groups

@@ -3,7 +3,6 @@
 Shape suffixes: B batch, S side, K classes, N scans.
 """
 
-import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ from torch import nn
 
 from bt_core.models.classifier import Classifier
 from bt_core.models.inputs import Preprocessor
-from bt_core.training.augment import augment
-from bt_core.training.recipe import Recipe, TrainSpec
+from bt_core.training.learner import Learner, check_finite
+from bt_core.training.recipe import Recipe
+from bt_core.training.spec import TrainSpec
 
 SCORE = "val_score"
 """Picks the best epoch: validation macro F1 minus a hundredth of the log loss, so that of equal F1
@@ -55,7 +55,7 @@ class TrainContext(Protocol):
         """Yield this worker's share of the validation scans; all workers' shares are all scans."""
 
     def wrap(self, model: Classifier) -> nn.Module:
-        """Return the model on the device, synchronised over the workers."""
+        """Return the model on the device, synchronised over the workers; once for each stage."""
 
     def gather(self, own: Predictions) -> Predictions:
         """Return the predictions of all workers together, on every worker."""
@@ -85,7 +85,9 @@ def fit(
     preprocessor: Preprocessor,
     class_counts: list[int],
 ) -> None:
-    """Train a classifier, from the context's last checkpoint if there is one.
+    """Train a classifier through its stages, from the context's last checkpoint if there is one.
+
+    Each stage begins with the best weights of the one before it.
 
     Args:
         context: where it runs.
@@ -93,41 +95,41 @@ def fit(
         recipe: the settings.
         preprocessor: makes model input from stored pixels.
         class_counts: K numbers of training scans per class, for steps and class weights.
+
+    Raises:
+        RunError: if training diverges, or a batch does not fit in memory.
     """
-    train = recipe.train
-    wrapped = context.wrap(model)
-    steps = steps_per_epoch(sum(class_counts), train.batch_size, context.world_size)
-    optimizer = build_optimizer(wrapped, train)
-    scheduler = build_schedule(optimizer, train, steps * train.epochs)
-    loss_fn = _loss(train, class_counts).to(context.device)
-    history: list[dict[str, Any]] = []
     state = context.restore()
+    history: list[dict[str, Any]] = []
     if state is not None:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
         history = state["history"]
         context.write_history(history)
-    for epoch in range(len(history) + 1, train.epochs + 1):
-        if stopped_early(history, train.patience):
-            break
-        started = time.perf_counter()
-        figures = _train_epoch(
-            context, wrapped, recipe, preprocessor, optimizer, scheduler, loss_fn, epoch, steps
-        )
-        context.sync(model)
-        predictions = context.gather(_validate(context, model, preprocessor))
-        figures = {"epoch": epoch, **figures, **validation_figures(predictions)}
-        figures["epoch_seconds"] = round(time.perf_counter() - started, 2)
-        history.append(figures)
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "history": history,
-        }
-        context.report(figures, state, predictions)
-        context.write_history(history)
+    train = recipe.train
+    plan = train.plan()
+    num_batches = steps_per_epoch(sum(class_counts), train.batch_size, context.world_size)
+    for number, stage in enumerate(plan, 1):
+        if history and history[-1]["stage"] > number:
+            continue
+        learner = Learner(context, model, recipe, stage, preprocessor, class_counts, num_batches)
+        own = [figures for figures in history if figures["stage"] == number]
+        best: dict[str, torch.Tensor] | None = None
+        if own and state is not None:
+            learner.load(state)
+            best = state.get("best")
+        while len(own) < stage.epochs and not stopped_early(own, train.patience):
+            figures, predictions = _epoch(context, learner, preprocessor, stage, len(history) + 1)
+            figures["stage"] = number
+            own.append(figures)
+            history.append(figures)
+            is_best = figures[SCORE] == max(f[SCORE] for f in own)
+            if number < len(plan) and is_best:  # the next stage begins with these
+                best = {k: v.clone() for k, v in learner.validated.state_dict().items()}
+            kept = {"history": history} | ({"best": best} if best is not None else {})
+            context.report(figures, learner.state() | kept, predictions)
+            context.write_history(history)
+        if best is not None:
+            model.load_state_dict(best)
 
 
 def worker_batch_size(num_scans: int, batch_size: int, world_size: int) -> int:
@@ -139,33 +141,6 @@ def steps_per_epoch(num_scans: int, batch_size: int, world_size: int) -> int:
     """Return the number of full batches that each worker sees per epoch."""
     shard = num_scans // world_size
     return max(1, shard // worker_batch_size(num_scans, batch_size, world_size))
-
-
-def build_optimizer(model: nn.Module, train: TrainSpec) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer; biases and norm weights are not decayed."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": train.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=train.learning_rate, momentum=0.9, nesterov=True)
-    kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=train.learning_rate)
-
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer, train: TrainSpec, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return the learning-rate schedule, stepped once per batch."""
-    if train.schedule == "one_cycle":
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=train.learning_rate, total_steps=total_steps
-        )
-    if train.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=1)
 
 
 def stopped_early(history: list[dict[str, Any]], patience: int | None) -> bool:
@@ -203,66 +178,23 @@ def progress_line(figures: dict[str, Any], epochs: int) -> str:
     )
 
 
-def _loss(train: TrainSpec, class_counts: list[int]) -> nn.Module:
-    weight = None
-    if train.class_weights:
-        counts = torch.tensor(class_counts, dtype=torch.float32)
-        share = counts.sum() / ((counts > 0).sum() * counts.clamp(min=1))
-        # A class without scans weighs nothing, or label smoothing would pull every answer to it.
-        weight = torch.where(counts > 0, share, 0.0)
-    return nn.CrossEntropyLoss(weight=weight, label_smoothing=train.label_smoothing)
-
-
-def _train_epoch(
+def _epoch(
     context: TrainContext,
-    model: nn.Module,
-    recipe: Recipe,
+    learner: Learner,
     preprocessor: Preprocessor,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    loss_fn: nn.Module,
+    stage: TrainSpec,
     epoch: int,
-    steps: int,
-) -> dict[str, Any]:
-    """Train on at most `steps` batches, the number that every worker has."""
-    model.train()
-    seed = recipe.train.seed * 1_000_003 + epoch * 1_009 + context.rank
-    torch.manual_seed(seed)  # for dropout: an epoch draws the same whether or not it was resumed
-    generator = torch.Generator().manual_seed(seed)
-    total_loss = torch.zeros((), device=context.device)
-    num_images, num_steps, waited = 0, 0, 0.0
+) -> tuple[dict[str, Any], Predictions]:
+    """Train and validate once."""
     started = time.perf_counter()
-    batches = context.train_batches(epoch)
-    while num_steps < steps:
-        asked = time.perf_counter()
-        batch = next(batches, None)
-        waited += time.perf_counter() - asked
-        if batch is None:
-            break
-        labels_B = torch.tensor(batch["label"], dtype=torch.long).to(context.device)
-        unit_B1SS = preprocessor.to_unit(torch.tensor(batch["pixels"]).to(context.device))
-        images_B3SS = preprocessor.normalize(augment(unit_B1SS, recipe.augment, generator))
-        loss = loss_fn(model(images_B3SS), labels_B)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        total_loss += loss.detach()
-        num_images += len(labels_B)
-        num_steps += 1
-    mean_loss = context.mean(float(total_loss) / max(num_steps, 1))
-    if not np.isfinite(mean_loss):
-        raise FloatingPointError(
-            f"the loss of epoch {epoch} is {mean_loss}; lower the learning rate"
-        )
-    seconds = time.perf_counter() - started
-    return {
-        "loss": mean_loss,
-        "learning_rate": scheduler.get_last_lr()[0],
-        "images_per_second": num_images * context.world_size / seconds,
-        "data_wait": waited / seconds,
-        "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
+    trained = learner.train_epoch(epoch)
+    context.sync(learner.validated)
+    predictions = context.gather(_validate(context, learner.validated, preprocessor))
+    figures = {"epoch": epoch, **trained, **validation_figures(predictions)}
+    check_finite(figures["val_log_loss"], "validation log loss", epoch, stage)
+    learner.end_epoch(figures[SCORE])
+    figures["epoch_seconds"] = round(time.perf_counter() - started, 2)
+    return figures, predictions
 
 
 @torch.inference_mode()

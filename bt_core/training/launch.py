@@ -5,7 +5,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,7 +28,9 @@ from bt_core.models.inputs import Preprocessor
 from bt_core.models.run import HISTORY_FILE, Run, RunInfo, read_history
 from bt_core.training.engine import SCORE, progress_line
 from bt_core.training.recipe import Recipe
-from bt_core.training.worker import PREDICTIONS_FILE, STATE_FILE, train_loop
+from bt_core.training.stages import check_stages
+from bt_core.training.tracking import Tracker
+from bt_core.training.worker import PARTIAL_PREFIX, PREDICTIONS_FILE, STATE_FILE, train_loop
 
 MAX_FAILURES: Final = 3
 """Lost workers that a run survives; the default of Ray is none."""
@@ -83,7 +85,13 @@ def plan_scaling(
     return Scaling(workers, device, math.floor(each * 1000) / 1000)
 
 
-def train(recipe: Recipe, dataset: Dataset, location: str, scaling: Scaling) -> Run:
+def train(
+    recipe: Recipe,
+    dataset: Dataset,
+    location: str,
+    scaling: Scaling,
+    trackers: Sequence[Tracker] = (),
+) -> Run:
     """Train one classifier, or go on with a run that was stopped.
 
     Args:
@@ -91,6 +99,7 @@ def train(recipe: Recipe, dataset: Dataset, location: str, scaling: Scaling) -> 
         dataset: prepared scans; the view that the recipe needs is written if it is not there.
         location: the run folder. Shared storage when the cluster has several nodes.
         scaling: workers and device.
+        trackers: get the figures of each epoch, from the first, also of a run that goes on.
 
     Returns:
         The finished run.
@@ -98,7 +107,8 @@ def train(recipe: Recipe, dataset: Dataset, location: str, scaling: Scaling) -> 
     Raises:
         UsageError: if the folder holds a finished run, or an unfinished one with other settings.
         DatasetError: if the dataset's label space is not the recipe's task.
-        RunError: if the workers failed more than `MAX_FAILURES` times.
+        RunError: if training diverged, memory or disk did not suffice, or the workers failed more
+            than `MAX_FAILURES` times.
     """
     location = storage.absolute(location)
     _claim(location, recipe, dataset, scaling)
@@ -106,12 +116,14 @@ def train(recipe: Recipe, dataset: Dataset, location: str, scaling: Scaling) -> 
     started = time.perf_counter()
     trainer = _trainer(recipe, dataset, view, location, scaling)
     try:
-        with _progress_shown(location, recipe.train.epochs):
+        with _progress_shown(location, recipe.train.epochs, trackers):
             result = trainer.fit()
     except SystemExit as stop:  # Ray Train's own handler of Ctrl-C ends this way
         raise KeyboardInterrupt from stop
     except ray.train.TrainingFailedError as error:
         raise RunError(f"training failed: {_root_cause(error)}") from error
+    if result.return_value:
+        raise RunError(result.return_value)
     checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: float(pair[1][SCORE]))
     seconds = time.perf_counter() - started
     return _finish(location, recipe, dataset, scaling, (checkpoint, metrics), seconds)
@@ -122,7 +134,7 @@ def check_settings(recipe: Recipe, dataset: Dataset) -> None:
 
     Raises:
         DatasetError: if the label spaces differ.
-        ConfigError: if the backbone does not exist.
+        ConfigError: if the backbone does not exist, or a stage trains more of it than there is.
         WeightsError: if the initial weights cannot be had.
     """
     if dataset.info.label_space.task != recipe.task:
@@ -130,7 +142,9 @@ def check_settings(recipe: Recipe, dataset: Dataset) -> None:
             f"{dataset.location} is a {dataset.info.label_space.task} dataset, the recipe's is "
             f"{recipe.task}; pass --set task={dataset.info.label_space.task}, or prepare again"
         )
-    build_classifier(recipe.model, recipe.preprocess, dataset.info.label_space.num_classes)
+    space = dataset.info.label_space
+    model, _, _ = build_classifier(recipe.model, recipe.preprocess, space.num_classes)
+    check_stages(model, recipe.train)
 
 
 def _trainer(
@@ -179,15 +193,20 @@ def _claim(location: str, recipe: Recipe, dataset: Dataset, scaling: Scaling) ->
     }
     if not storage.exists(marker):
         storage.write_json(marker, claim)
-    elif storage.read_json(marker) != claim:
+        return
+    if storage.read_json(marker) != claim:
         raise UsageError(
             f"{location} holds an unfinished run with other settings, data or workers; finish it "
             "with those, choose another -o, or pass --overwrite"
         )
+    checkpoints = storage.join(location, "checkpoints")
+    for name in storage.list_dirs(checkpoints):  # of a worker that was killed while it wrote
+        if name.startswith(PARTIAL_PREFIX):
+            storage.remove_dir(storage.join(checkpoints, name))
 
 
 @contextmanager
-def _progress_shown(location: str, epochs: int) -> Iterator[None]:
+def _progress_shown(location: str, epochs: int, trackers: Sequence[Tracker]) -> Iterator[None]:
     """Log one line per epoch while the block runs, as rank 0 adds it to the run's history."""
     ended = threading.Event()
     shown = max((figures["epoch"] for figures in read_history(location)), default=0)
@@ -195,13 +214,17 @@ def _progress_shown(location: str, epochs: int) -> Iterator[None]:
         logger.info("going on after epoch %d/%d", shown, epochs)
 
     def follow() -> None:
-        last, over = shown, False
+        last, over = 0, False
         while not over:
             over = ended.wait(1.0)
             for figures in read_history(location):
-                if figures["epoch"] > last:
+                if figures["epoch"] <= last:
+                    continue
+                last = figures["epoch"]
+                if last > shown:
                     logger.info(progress_line(figures, epochs))
-                    last = figures["epoch"]
+                for tracker in trackers:
+                    tracker.epoch(figures)
 
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from bt_core import storage
 from bt_core.config import StrictModel, apply_overrides, load_yaml, parse
@@ -13,37 +11,7 @@ from bt_core.labels import Task
 from bt_core.models.backbones import input_size_px
 from bt_core.models.spec import ModelSpec
 from bt_core.scans.preprocess import PreprocessSpec
-
-
-class AugmentSpec(StrictModel):
-    """Random changes of training images, drawn anew for every image and epoch."""
-
-    horizontal_flip: bool = True
-    rotation_degrees: float = Field(15.0, ge=0, le=180)
-    """Largest rotation to either side."""
-    zoom: float = Field(0.1, ge=0, lt=1)
-    """Scale is drawn from 1 - zoom to 1 + zoom."""
-    contrast: float = Field(0.2, ge=0, lt=1)
-    """Contrast factor about the image's mean is drawn from 1 - contrast to 1 + contrast."""
-
-
-class TrainSpec(StrictModel):
-    """How the weights are fitted."""
-
-    epochs: int = Field(6, ge=1)
-    batch_size: int = Field(32, ge=2)
-    """Scans per step over all workers together."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)
-    """Peak rate of the schedule."""
-    weight_decay: float = Field(0.01, ge=0)
-    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    class_weights: bool = False
-    """Weigh each class by the inverse of its share in the training scans."""
-    patience: int | None = Field(None, ge=1)
-    """Stop after this many epochs without a better validation score; None trains them all."""
-    seed: int = 0
+from bt_core.training.spec import AugmentSpec, TrainSpec
 
 
 class Recipe(StrictModel):

@@ -1,11 +1,14 @@
 """One Ray Train worker: gives the engine its shards, its peers and its checkpoints."""
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -14,18 +17,25 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
+from pyarrow import fs
 from ray.train import Checkpoint
 from torch import nn
 
 from bt_core import storage
 from bt_core.config import parse
+from bt_core.errors import RunError
 from bt_core.models.classifier import Classifier, build_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.training.engine import Batch, Predictions, fit, worker_batch_size
 from bt_core.training.recipe import Recipe
 
 STATE_FILE, PREDICTIONS_FILE = "state.pt", "validation.parquet"
-_SHUFFLE_ROWS = 4096
+PARTIAL_PREFIX: Final = ".partial_"
+"""Begins the name of a checkpoint that is being written."""
+_SHUFFLE_ROWS: Final = 4096
+_SPARE_BYTES: Final = 1024**2
+"""What a checkpoint must leave free: Ray rewrites its list of checkpoints in place afterwards,
+which a disk that is full to the last byte would cut short."""
 
 
 class RayContext:
@@ -63,7 +73,8 @@ class RayContext:
     def validation_batches(self) -> Iterator[Batch]:
         """Stream all validation rows and keep those whose id falls to this worker."""
         shard = ray.train.get_dataset_shard("validation")
-        for batch in shard.iter_batches(batch_size=64, batch_format="numpy"):
+        size = min(64, 2 * self._batch_size)  # fits, without gradients, where training does
+        for batch in shard.iter_batches(batch_size=size, batch_format="numpy"):
             mine = np.array([_owner(i, self.world_size) == self.rank for i in batch["scan_id"]])
             if mine.any():
                 yield Batch(
@@ -111,7 +122,8 @@ class RayContext:
         """Write the run's history file, on rank 0."""
         if self.rank == 0:
             lines = "".join(json.dumps(figures) + "\n" for figures in history)
-            storage.write_bytes(self._history, lines.encode())
+            with _explained_storage(self._history):
+                storage.write_bytes(self._history, lines.encode())
 
     def restore(self) -> dict[str, Any] | None:
         """Load the last checkpoint that Ray Train has committed."""
@@ -128,17 +140,50 @@ class RayContext:
         self, metrics: dict[str, Any], state: dict[str, Any], predictions: Predictions
     ) -> None:
         """Report to Ray Train; rank 0 adds the checkpoint."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _explained_storage(self._history):
             checkpoint = None
             if self.rank == 0:
                 torch.save(state, os.path.join(folder, STATE_FILE))
                 pq.write_table(pa.table(vars(predictions)), os.path.join(folder, PREDICTIONS_FILE))
                 checkpoint = Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=checkpoint)
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_fn=_store_checkpoint)
 
 
-def train_loop(config: dict[str, Any]) -> None:
-    """Run on every worker.
+def _store_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """Copy a checkpoint beside its place and rename it: no folder ever holds half of one."""
+    store = ray.train.get_context().get_storage()
+    files, target = store.storage_filesystem, f"{store.experiment_fs_path}/{name}"
+    local = isinstance(files, fs.LocalFileSystem)
+    beside = f"{store.experiment_fs_path}/{PARTIAL_PREFIX}{name}" if local else target
+    try:
+        files.create_dir(beside, recursive=True)
+        fs.copy_files(checkpoint.path, beside, fs.LocalFileSystem(), files)
+        if local and shutil.disk_usage(beside).free < _SPARE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        files.delete_dir(beside)
+        raise
+    if local:  # a store of objects has no folders to rename, and no halves of objects
+        files.move(beside, target)
+    return Checkpoint(target, files)
+
+
+@contextmanager
+def _explained_storage(history: str) -> Iterator[None]:
+    """Raise RunError with what to do where the run folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        folder = storage.redact(os.path.dirname(history))
+        raise RunError(
+            f"{folder} or the temporary folder {tempfile.gettempdir()} cannot be written "
+            f"({' '.join(str(error).split())}); the last checkpoint is whole: make room, and the "
+            "same command goes on after it"
+        ) from error
+
+
+def train_loop(config: dict[str, Any]) -> str | None:
+    """Run on every worker; return why a run ended that would end again if it were repeated.
 
     Args:
         config: `recipe` (JSON form), `history` (file), `num_classes`, `class_counts`.
@@ -150,18 +195,15 @@ def train_loop(config: dict[str, Any]) -> None:
     recipe = parse(Recipe, config["recipe"], "recipe")
     torch.manual_seed(recipe.train.seed)
     model, _, preprocess = build_classifier(recipe.model, recipe.preprocess, config["num_classes"])
-    fit(
-        RayContext(
-            config["history"],
-            sum(config["class_counts"]),
-            recipe.train.batch_size,
-            recipe.train.seed,
-        ),
-        model,
-        recipe,
-        Preprocessor(preprocess),
-        config["class_counts"],
-    )
+    counts, train = config["class_counts"], recipe.train
+    place = RayContext(config["history"], sum(counts), train.batch_size, train.seed)
+    try:
+        fit(place, model, recipe, Preprocessor(preprocess), counts)
+    except RunError as error:
+        if place.world_size > 1:  # the others may wait for this one; only its end ends them
+            raise
+        return str(error)
+    return None
 
 
 def _owner(scan_id: str, world_size: int) -> int:

@@ -138,11 +138,14 @@ def test_a_second_run_is_refused_and_overwrite_is_explicit(chain, capsys):
 
 def test_two_workers_train_on_disjoint_shards_and_validate_everything(chain, ray_session):
     out = chain.root / "runs" / "two_workers"
+    stages = "train.stages=[{epochs: 1, trainable: head}, {epochs: 1}]"
     code = bt(
         "train", "--recipe", "cnn_small", "--data", chain.data, *SMALL, "--set", "train.epochs=2",
-        "--num-workers", 2, "-o", out,
+        "--set", stages, "--set", "train.ema_decay=0.9", "--set", "train.accumulation_steps=2",
+        "--num-workers", 2, "--tensorboard", "-o", out,
     )  # fmt: skip
     assert code == 0
+    assert len(list((out / "tensorboard").glob("events.*"))) == 1
     run = Run(str(out))
     assert run.info.num_workers == 2
     model = rebuild_classifier(run.info.model, run.info.preprocess, 4)

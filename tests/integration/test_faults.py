@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 
 from bt_core.data import pipeline
 from bt_core.data.catalog import Dataset, ref_columns
@@ -243,6 +244,7 @@ def test_a_training_worker_killed_in_mid_epoch_does_not_end_the_run(chain, tmp_p
     assert len(killed) == 1, "the worker was there to be killed"
     epochs = [figures["epoch"] for figures in Run(str(tmp_path / "run")).history()]
     assert epochs == list(range(1, 13))
+    assert 12 in whole_checkpoints(tmp_path / "run")
 
 
 def test_a_killed_train_command_goes_on_where_it_was(chain, tmp_path):
@@ -267,6 +269,64 @@ def test_a_killed_train_command_goes_on_where_it_was(chain, tmp_path):
     history = Run(str(out)).history()
     assert [figures["epoch"] for figures in history] == list(range(1, 9))
     assert history[0] == before[0], "the first epoch was not trained again"
+    straight = tmp_path / "straight"
+    assert bt(*words[:-1], straight) == 0
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (out, straight)]
+    assert weights[0] == weights[1], "the interruption left no trace in the weights"
+
+
+def whole_checkpoints(out):
+    """Read every checkpoint of a run; return the epochs that each was trained for."""
+    folders = sorted((out / "checkpoints").glob("*/"))
+    states = [torch.load(folder / "state.pt", weights_only=True) for folder in folders]
+    assert all(pq.read_table(folder / "validation.parquet").num_rows for folder in folders)
+    assert not list(out.rglob("*.tmp"))
+    return [len(state["history"]) for state in states]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 9 MiB: a checkpoint of `cnn_small` fits, a second one does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on(chain, small_disk, capfd):
+    out = small_disk / "run"
+    words = ["train", "--recipe", "cnn_small", "--data", chain.data, *SMALL]
+    words += ["--set", "train.epochs=3", "-o", out]
+    assert bt(*words) == 1
+    errors = [e for e in capfd.readouterr().err.splitlines() if e.startswith("error:")]
+    assert len(errors) == 1
+    assert "cannot be written" in errors[0]
+    assert "No space left on device" in errors[0]
+    assert "make room, and the same command goes on" in errors[0]
+    assert whole_checkpoints(out) == [1]
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    assert bt(*words) == 0
+    assert "going on after epoch 1/3" in capfd.readouterr().err
+    assert len(Run(str(out)).history()) == 3
+
+
+def test_a_diverging_run_ends_at_once_and_keeps_the_last_good_checkpoint(chain, tmp_path, capfd):
+    out = tmp_path / "run"
+    stages = "[{epochs: 1}, {epochs: 2, learning_rate: 1.0e+30, schedule: constant}]"
+    code = bt(
+        "train", "--recipe", "cnn_small", "--data", chain.data, *SMALL, "--set",
+        "train.optimizer=sgd", "--set", f"train.stages={stages}", "--set", "train.epochs=3",
+        "-o", out,
+    )  # fmt: skip
+    errors = [e for e in capfd.readouterr().err.splitlines() if e.startswith("error:")]
+    assert code == 1
+    assert len(errors) == 1
+    assert "epoch 2" in errors[0]
+    assert "lower train.learning_rate (1e+30)" in errors[0]
+    assert whole_checkpoints(out) == [1]
 
 
 LOSE_A_NODE = """

@@ -48,10 +48,19 @@ def test_overrides_do_not_change_what_they_are_given():
     assert content == {"train": {"epochs": 1}}
 
 
-@pytest.mark.parametrize("override", ["train.epochs", "=3", "name.x=1", "a=[1"])
+def test_an_override_reaches_one_entry_of_a_list():
+    content = {"stages": [{"epochs": 1}, {"epochs": 2, "rate": 0.1}]}
+    result = apply_overrides(content, ["stages.1.epochs=5", "stages.0.rate=0.3"])
+    assert result == {"stages": [{"epochs": 1, "rate": 0.3}, {"epochs": 5, "rate": 0.1}]}
+    assert content["stages"][1]["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    "override", ["train.epochs", "=3", "name.x=1", "a=[1", "list.1.x=1", "list.x=1", "list.-1=1"]
+)
 def test_a_bad_override_says_what_is_wrong(override):
     with pytest.raises(ConfigError, match="--set"):
-        apply_overrides({"name": "text"}, [override])
+        apply_overrides({"name": "text", "list": [{}]}, [override])
 
 
 def test_yaml_must_be_a_mapping(tmp_path):
