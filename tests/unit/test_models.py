@@ -227,11 +227,11 @@ def test_a_head_has_its_layers_in_order_with_the_stated_initialisation():
     torch.manual_seed(0)
     head = build_head(2048, 2, HeadSpec(layers=layers, init="he"))
     assert kinds(head) == ["Linear", "Dropout", "BatchNorm1d", "ReLU", "Linear"]
-    assert head[0].weight.std() == pytest.approx((2 / 2048) ** 0.5, rel=0.02)
+    assert head[0].weight.std().item() == pytest.approx((2 / 2048) ** 0.5, rel=0.02)
     assert not head[0].bias.any()
     limit = (6 / (2048 + 512)) ** 0.5
     glorot = build_head(2048, 2, HeadSpec(layers=layers, init="glorot"))[0].weight
-    assert 0.99 * limit < glorot.abs().max() <= limit
+    assert 0.99 * limit < glorot.abs().max().item() <= limit
 
 
 @pytest.mark.parametrize(
