@@ -286,5 +286,10 @@ def _root_cause(error: BaseException) -> str:
     """Return the last line, which names it, of the first error that a worker raised."""
     failures = getattr(error, "worker_failures", None)
     inner = next(iter(failures.values())) if failures else error
+    if "running low on memory" in str(inner):  # so Ray says that it ended the worker
+        return (
+            "a node ran low on memory and a worker was ended; lower train.batch_size and raise "
+            "train.accumulation_steps by the same factor, or use fewer workers"
+        )
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(inner).__name__
