@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray.train
 import safetensors.torch
 import torch
+from ray.data import ExecutionOptions
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -152,6 +153,7 @@ def _trainer(
 ) -> TorchTrainer:
     space, counts = dataset.info.label_space, dataset.info.counts["train"]
     gpu = {"GPU": 1} if scaling.device == "cuda" else {}
+    reading = ExecutionOptions(preserve_order=True)  # equal runs see equal batches
     return TorchTrainer(
         train_loop,
         train_loop_config={
@@ -161,7 +163,7 @@ def _trainer(
             "class_counts": [counts[name] for name in space.names],
         },
         datasets={split: read_view(view, split) for split in ("train", "validation")},
-        dataset_config=DataConfig(datasets_to_split=["train"]),
+        dataset_config=DataConfig(datasets_to_split=["train"], execution_options=reading),
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=bool(gpu),
