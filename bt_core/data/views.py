@@ -84,6 +84,7 @@ def read_view(view: str, split: str) -> ray.data.Dataset:
     side = storage.read_json(storage.join(view, "view.json"))["preprocess"]["size_px"]
     num_bytes = dataset.count() * side**2
     fits = num_bytes < _CACHED_SHARE * ray.cluster_resources().get("object_store_memory", 0)
+    dataset.context.execution_options.preserve_order = True  # a training repeats exactly
     return dataset.materialize() if fits else dataset
 
 

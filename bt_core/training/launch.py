@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray.train
 import safetensors.torch
 import torch
+from ray.data import ExecutionOptions
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -152,6 +153,7 @@ def _trainer(
 ) -> TorchTrainer:
     space, counts = dataset.info.label_space, dataset.info.counts["train"]
     gpu = {"GPU": 1} if scaling.device == "cuda" else {}
+    reading = ExecutionOptions(preserve_order=True)  # equal runs see equal batches
     return TorchTrainer(
         train_loop,
         train_loop_config={
@@ -161,7 +163,7 @@ def _trainer(
             "class_counts": [counts[name] for name in space.names],
         },
         datasets={split: read_view(view, split) for split in ("train", "validation")},
-        dataset_config=DataConfig(datasets_to_split=["train"]),
+        dataset_config=DataConfig(datasets_to_split=["train"], execution_options=reading),
         scaling_config=ScalingConfig(
             num_workers=scaling.num_workers,
             use_gpu=bool(gpu),
@@ -286,5 +288,10 @@ def _root_cause(error: BaseException) -> str:
     """Return the last line, which names it, of the first error that a worker raised."""
     failures = getattr(error, "worker_failures", None)
     inner = next(iter(failures.values())) if failures else error
+    if "running low on memory" in str(inner):  # so Ray says that it ended the worker
+        return (
+            "a node ran low on memory and a worker was ended; lower train.batch_size and raise "
+            "train.accumulation_steps by the same factor, or use fewer workers"
+        )
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(inner).__name__

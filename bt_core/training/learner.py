@@ -35,6 +35,10 @@ _NO_MEMORY: Final = ("DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED")
 """How torch names memory that it did not get, beside its OutOfMemoryError on GPUs."""
 
 
+class DivergedError(RunError):
+    """The loss is not finite, on every worker alike."""
+
+
 class Learner:
     """Trains a classifier for the epochs of one stage.
 
@@ -199,13 +203,13 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def check_finite(value: float, what: str, epoch: int, stage: TrainSpec) -> None:
-    """Raise RunError if training has diverged."""
+    """Raise DivergedError unless the value is finite."""
     if math.isfinite(value):
         return
     clip = stage.gradient_clip_norm
     advice = "set train.gradient_clip_norm=1" if clip is None else f"gradient_clip_norm ({clip:g})"
     fp16 = ", or set train.precision=fp32" if stage.precision in ("auto", "fp16") else ""
-    raise RunError(
+    raise DivergedError(
         f"training diverged: the {what} of epoch {epoch} is {value}; lower train.learning_rate "
         f"({stage.learning_rate:g}) or {advice}{fp16}; the checkpoint of the epoch before is kept"
     )

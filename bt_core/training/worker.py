@@ -27,6 +27,7 @@ from bt_core.errors import RunError
 from bt_core.models.classifier import Classifier, build_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.training.engine import Batch, Predictions, fit, worker_batch_size
+from bt_core.training.learner import DivergedError
 from bt_core.training.recipe import Recipe
 
 STATE_FILE, PREDICTIONS_FILE = "state.pt", "validation.parquet"
@@ -200,8 +201,8 @@ def train_loop(config: dict[str, Any]) -> str | None:
     try:
         fit(place, model, recipe, Preprocessor(preprocess), counts)
     except RunError as error:
-        if place.world_size > 1:  # the others may wait for this one; only its end ends them
-            raise
+        if place.world_size > 1 and not isinstance(error, DivergedError):
+            raise  # the others may wait for this one; only its failure ends them
         return str(error)
     return None
 

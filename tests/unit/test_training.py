@@ -6,7 +6,7 @@ import torch
 from bt_core.errors import RunError
 from bt_core.training.augment import augment
 from bt_core.training.engine import Predictions, steps_per_epoch, stopped_early, worker_batch_size
-from bt_core.training.launch import plan_scaling
+from bt_core.training.launch import _root_cause, plan_scaling
 from bt_core.training.losses import build_loss
 from bt_core.training.spec import AugmentSpec, TrainSpec
 from bt_core.training.stages import build_optimizer, build_schedule
@@ -119,6 +119,12 @@ def test_a_class_without_scans_draws_no_answers():
 
 def test_gpu_workers_default_to_one_for_each_gpu():
     assert plan_scaling(None, "cuda", 32, 4).num_workers == 4
+
+
+def test_a_worker_that_ray_ended_for_memory_names_the_settings_that_help():
+    text = "Actor died\n1 worker(s) were killed due to the node running low on memory. See\nthe log"
+    assert "lower train.batch_size" in _root_cause(RuntimeError(text))
+    assert _root_cause(RuntimeError("first\n  last line\n")) == "last line"
 
 
 def test_empty_predictions_are_a_fresh_list_each():
