@@ -21,7 +21,7 @@ from bt_core.data.catalog import Dataset, ref_columns
 from bt_core.data.decode_stage import DecodeStage
 from bt_core.scans.archives import list_scans
 from bt_core.scans.phantom import phantom_slice, write_archive
-from tests.conftest import bt_process
+from tests.conftest import bt, bt_process
 
 pytestmark = pytest.mark.integration
 
@@ -52,7 +52,7 @@ def s3_environment():
     server.stop()
 
 
-def test_a_tar_gz_on_s3_is_prepared_like_the_zip(s3_environment, tmp_path):
+def test_a_tar_gz_on_s3_is_prepared_like_the_zip(ray_session, s3_environment, tmp_path):
     archive = tmp_path / "scans.zip"
     write_archive(str(archive), num_per_class=30, size_px=96)
     with zipfile.ZipFile(archive) as file:
@@ -66,11 +66,14 @@ def test_a_tar_gz_on_s3_is_prepared_like_the_zip(s3_environment, tmp_path):
     store.create_dir("scans")
     with store.open_output_stream("scans/scans.tar.gz", compression=None) as file:
         file.write(gzip.compress(tar_of(members)))
+    words = ("--recipe", "cnn_small", "-o")
+    assert bt("prepare", archive, *words, tmp_path / "a") == 0
+    there = bt_process(
+        "prepare", "s3://scans/scans.tar.gz", *words, tmp_path / "b", env=s3_environment
+    )
+    assert there.returncode == 0, there.stderr
     catalogs = []
-    for source, out in ((archive, "a"), ("s3://scans/scans.tar.gz", "b")):
-        words = ["prepare", source, "-o", tmp_path / out, "--recipe", "cnn_small"]
-        result = bt_process(*words, env=s3_environment)
-        assert result.returncode == 0, result.stderr
+    for out in ("a", "b"):
         catalog = Dataset(str(tmp_path / out)).catalog()
         catalogs.append(catalog.drop_columns(["uri", "position"]).sort_by("scan_id").to_pylist())
     assert catalogs[0] == catalogs[1]
