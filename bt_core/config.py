@@ -1,6 +1,7 @@
 """Strict settings: YAML in, a validated pydantic model or one message with every fault out."""
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -65,23 +66,35 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
     Raises:
         ConfigError: if an override has no `=`, or runs through something that is not a mapping.
     """
-    result = {**content}
+    values: dict[str, Any] = {}
     for override in overrides:
         path, separator, value = override.partition("=")
         if not separator or not path:
             raise ConfigError(f"--set {override!r}: write it as section.key=value")
+        try:
+            values[path] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not valid YAML") from error
+    return with_values(content, values)
+
+
+def with_values(content: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `content` with values set at dotted keys such as `train.epochs`.
+
+    Raises:
+        ConfigError: if a key runs through something that is not a mapping.
+    """
+    result = {**content}
+    for path, value in values.items():
         node = result
         *parents, leaf = path.split(".")
         for parent in parents:
             child = node.get(parent, {})
             if not isinstance(child, dict):
-                raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
+                raise ConfigError(f"{path}: {parent!r} is a value, not a section")
             node[parent] = child = {**child}
             node = child
-        try:
-            node[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override!r}: the value is not valid YAML") from error
+        node[leaf] = value
     return result
 
 

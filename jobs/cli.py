@@ -15,9 +15,11 @@ from jobs import (
     explore,
     phantom,
     prepare,
+    replay,
     score,
     serve,
     train,
+    tune,
 )
 from jobs.command import command
 
@@ -37,6 +39,8 @@ for _name, _module in {
     "explore": explore,
     "prepare": prepare,
     "train": train,
+    "tune": tune,
+    "replay": replay,
     "ensemble": ensemble,
     "evaluate": evaluate,
     "score": score,
