@@ -139,18 +139,17 @@ def noise_note(rows: Sequence[Row], spec: SweepSpec) -> str:
     tied = sum(bool(row["tied"]) for row in rows)
     if not tied:
         return "no trial was finished"
-    fits = f"{spec.folds} folds x {len(spec.seeds)} seeds"
+    if sum(row["rank"] is not None for row in rows) < 2:
+        return "one model was finished, so there is nothing to compare it with"
     first = (
         f"{tied} models are tied (=): none differs from the first by more than the noise"
         if tied > 1
         else "the first differs from every other finished model by more than the noise"
-        if sum(row["rank"] is not None for row in rows) > 1
-        else "one model was finished, so there is nothing to compare it with"
     )
-    against = "of scans (by family) and of training"
+    training = f"of training ({spec.folds} folds x {len(spec.seeds)} seeds)"
     if len(spec.fits) == 1:
-        against, fits = "of scans (by family); one training each says nothing of its own", fits[:0]
-    return f"{first} {against}{', ' + fits if fits else ''}; Holm-corrected, {ALPHA:g}"
+        training = "not of training, which one training each does not show"
+    return f"{first} of scans (by family) and {training}; Holm-corrected, {ALPHA:g}"
 
 
 def short(value: Any, digits: int = 0) -> str:

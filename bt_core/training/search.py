@@ -8,6 +8,8 @@ inside a trial would hold more, and wait for itself).
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -68,13 +70,18 @@ def search(job: Job) -> bool:
         tuner = tune.Tuner.restore(folder, trainable, resume_unfinished=True)
     else:
         tuner = _new_tuner(job, trainable)
+    before = signal.getsignal(signal.SIGINT)
     try:
         grid = tuner.fit()
     except tune.TuneError as error:
         raise RunError(f"the sweep failed: {str(error).strip().splitlines()[-1]}") from error
-    trials = grid._experiment_analysis.trials
-    _settle(job, trials)
-    return all(trial.status in ("TERMINATED", "ERROR") for trial in trials)
+    # Tune says nothing of an interrupt, but its handler of Ctrl-C puts the one before back.
+    if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGINT) is before:
+            return False
+        signal.signal(signal.SIGINT, before)
+    _settle(job, grid._experiment_analysis.trials)
+    return True
 
 
 def _new_tuner(job: Job, trainable: Any) -> tune.Tuner:
@@ -154,6 +161,10 @@ def _trial(config: dict[str, Any], job: Job) -> None:
     would cost a new process, and a second try that fails in the same way.
     """
     trial_id = tune.get_context().get_trial_id()
+    record = read_record(job.location, trial_id)
+    if record is not None and record.status in ("finished", "failed"):  # Tune did not see its end
+        tune.report(_figures(record, 1.0))
+        return
     record = begin(config, job, trial_id)
     write_record(job.location, record)
     share_done = 0.0
