@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.stats import t as student
 from scipy.stats import ttest_rel
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
@@ -12,14 +13,14 @@ from bt_core import storage
 from bt_core.config import parse
 from bt_core.data.catalog import Dataset, DatasetInfo
 from bt_core.data.splits import SplitPlan, assign_splits
-from bt_core.errors import ConfigError, DatasetError, UsageError
+from bt_core.errors import ConfigError, DatasetError, UsageError, WeightsError
 from bt_core.labels import LABEL_SPACES
 from bt_core.training.folds import fold_of_scans
 from bt_core.training.leaderboard import leaderboard, text_table, to_table
 from bt_core.training.noise import count, holm, metric_of, ranks, scan_noise, training_noise
-from bt_core.training.sweep import SweepSpec, candidates, preprocessings
+from bt_core.training.sweep import SweepSpec, candidates, load_sweep, preprocessings
 from bt_core.training.sweep_job import plan_slots, point_of
-from bt_core.training.trial import FitRecord, TrialRecord, reason_of
+from bt_core.training.trial import FitRecord, TrialRecord, reason_of, with_weights
 from jobs.recipes_folder import RECIPES
 
 
@@ -56,8 +57,6 @@ def test_every_sweep_in_the_project_names_recipes_that_there_are():
     for path in sorted((RECIPES / "sweeps").glob("*.yaml")):
         content = storage.read_bytes(str(path)).decode()
         assert content.startswith("# ")
-        from bt_core.training.sweep import load_sweep
-
         found = candidates(load_sweep(str(path)), RECIPES, "four_class")
         assert found, path
     reference = candidates(spec_of(recipes=["*"]), RECIPES, "four_class")
@@ -83,6 +82,19 @@ def test_a_recipe_takes_the_sweeps_epochs_and_the_datasets_task_and_says_so():
     assert (recipe.train.epochs, recipe.train.batch_size, recipe.train.learning_rate) == (2, 4, 0.5)
     assert recipe.task == "binary"
     assert one.notes == ["for binary here, four_class in its file"]
+
+
+def test_weights_that_cannot_be_had_are_an_error_or_a_note(tmp_path):
+    fixed = {"model.weights": f"local-dir:{tmp_path}"}
+    spec = spec_of(recipes=["mobilenetv2"], fixed=fixed)
+    found = candidates(spec, RECIPES, "four_class")
+    with pytest.raises(WeightsError, match="is not a timm folder"):
+        with_weights(found, [], "error", 4)
+    [bare] = with_weights(found, [], "none", 4)
+    assert bare.recipe({}).model.weights == "none"
+    assert bare.notes == ["local-dir weights not at hand: starts from none"]
+    scratch = candidates(spec_of(), RECIPES, "four_class")
+    assert with_weights(scratch, [f"local-dir:{tmp_path}"], "error", 4)[0].notes == []
 
 
 def test_pixels_of_every_combination_are_stored_once():
@@ -222,8 +234,6 @@ def test_noise_of_training_is_the_corrected_resampled_t_test():
     p = training_noise(np.stack([first_J, second_J]), num_folds=4)[0, 1]
     difference_J = first_J - second_J
     error = np.sqrt(difference_J.var(ddof=1) * (1 / 4 + 1 / 3))
-    from scipy.stats import t as student
-
     assert p == pytest.approx(2 * student.sf(difference_J.mean() / error, 3))
     assert training_noise(np.array([[0.9], [0.1]]), num_folds=1) is None, "nothing to see"
 
