@@ -1,6 +1,7 @@
 """Strict settings: YAML in, a validated pydantic model or one message with every fault out."""
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -62,11 +63,8 @@ def load_yaml(location: str) -> dict[str, Any]:
 def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Return `content` with dotted overrides such as `train.epochs=3` applied (values are YAML).
 
-    Entries of a list are named by their number from 0, as in `train.stages.1.epochs=3`.
-
     Raises:
-        ConfigError: if an override has no `=`, runs through a plain value, or names an entry that a
-            list does not have.
+        ConfigError: if an override has no `=` or is not YAML, and as `with_values`.
     """
     result = content
     for override in overrides:
@@ -74,29 +72,41 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
         if not separator or not path:
             raise ConfigError(f"--set {override!r}: write it as section.key=value")
         try:
-            new = yaml.safe_load(value)
+            result = with_values(result, {path: yaml.safe_load(value)})
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override!r}: the value is not valid YAML") from error
-        result = _with_value(result, path.split("."), new, override)
+        except ConfigError as error:
+            raise ConfigError(f"--set {override!r}: {error}") from error
     return result
 
 
-def _with_value(node: Any, path: list[str], value: Any, override: str) -> Any:
+def with_values(content: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `content` with values set at dotted keys such as `train.epochs`.
+
+    Entries of a list are named by their number from 0, as in `train.stages.1.epochs`.
+
+    Raises:
+        ConfigError: if a key runs through a plain value, or names an entry that a list has not.
+    """
+    result = content
+    for path, value in values.items():
+        result = _with_value(result, path.split("."), value)
+    return result
+
+
+def _with_value(node: Any, path: list[str], value: Any) -> Any:
     """Return a copy of nested mappings and lists with one value replaced."""
     if not path:
         return value
     key, *rest = path
     if isinstance(node, dict):
-        return {**node, key: _with_value(node.get(key, {}), rest, value, override)}
+        return {**node, key: _with_value(node.get(key, {}), rest, value)}
     if not isinstance(node, list):
-        raise ConfigError(f"--set {override!r}: {key!r} is below a value, not a section")
+        raise ConfigError(f"{key!r} is below a value, not a section")
     if not key.isdecimal() or int(key) >= len(node):
-        raise ConfigError(
-            f"--set {override!r}: {key!r} is none of the list's entries, which are 0 to "
-            f"{len(node) - 1}"
-        )
+        raise ConfigError(f"{key!r} is none of the list's entries, which are 0 to {len(node) - 1}")
     copy = [*node]
-    copy[int(key)] = _with_value(node[int(key)], rest, value, override)
+    copy[int(key)] = _with_value(node[int(key)], rest, value)
     return copy
 
 

@@ -7,6 +7,7 @@
     │   ├── ConfigError              a recipe, spec or override that does not validate
     │   ├── SourceError              a scan source that cannot be read as a whole
     │   ├── DatasetError             a prepared dataset that is missing or does not fit
+    │   ├── SealedError              test scans asked for outside bt evaluate
     │   ├── WeightsError             initial weights that cannot be had
     │   └── BundleError              a bundle that is missing, changed or not understood
     ├── RunError            exit 1   work that started and could not be finished
@@ -47,6 +48,10 @@ class SourceError(UsageError):
 
 class DatasetError(UsageError):
     """A prepared dataset is missing, unfinished or does not fit the request."""
+
+
+class SealedError(UsageError):
+    """Rows or pixels of the test split were asked for by anything but bt evaluate."""
 
 
 class WeightsError(UsageError):

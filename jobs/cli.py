@@ -16,9 +16,11 @@ from jobs import (
     phantom,
     prepare,
     recipes,
+    replay,
     score,
     serve,
     train,
+    tune,
     weights,
 )
 from jobs.command import command
@@ -39,6 +41,8 @@ for _name, _module in {
     "explore": explore,
     "prepare": prepare,
     "train": train,
+    "tune": tune,
+    "replay": replay,
     "ensemble": ensemble,
     "evaluate": evaluate,
     "score": score,

@@ -77,7 +77,10 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
         except typer.Exit:
             raise
         except KeyboardInterrupt:
-            _say("interrupted; give the same command again (bt train goes on from its last epoch)")
+            _say(
+                "interrupted; give the same command again (bt train goes on from its last epoch, "
+                "bt tune from its last trial)"
+            )
             code = EXIT_FAILED
         except BtError as error:
             if debug:

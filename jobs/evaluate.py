@@ -37,10 +37,11 @@ def run(
     if held and not overwrite:
         raise UsageError(f"{out} holds {held[0]}; choose another -o, or pass --overwrite")
     storage.remove_dir(storage.join(out, "scores"))
-    test = dataset.split("test")
+    test = dataset.open_test("evaluate", opened.info.bundle_id)
     predictions = score_refs(opened, test.select(list(REF_COLUMNS)), out, device)
     _refuse_changed_source(test, predictions)
     figures = evaluate(predictions, test, names)
+    figures["num_test_openings"] = dataset.num_openings()
     write_report(out, figures, opened.info, dataset.info)
     clean = figures["clean"]
     print(
@@ -53,6 +54,7 @@ def run(
             f"  {name:<11} precision {row['precision']:.3f}  recall {row['recall']:.3f}  "
             f"F1 {row['f1']:.3f}  n {row['support']}"
         )
+    print(f"openings of this test split on record: {figures['num_test_openings']}")
     print(f"report in {storage.join(out, 'report.html')}")
     return EXIT_OK if figures["all"]["num_scans"] == test.num_rows else EXIT_INCOMPLETE
 

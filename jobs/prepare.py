@@ -62,7 +62,7 @@ def run(
     key, key_is_kept = hash_key()
     listing = list_scans(source, key)  # a wrong path is answered before Ray is imported
     from bt_core.data import copies
-    from bt_core.data.catalog import Dataset, describe, label_refs, splits_by_pixels
+    from bt_core.data.catalog import Dataset, describe, label_refs
     from bt_core.data.families import FamilyStage
     from bt_core.data.pipeline import survey
     from bt_core.data.splits import SplitPlan, assign_splits
@@ -75,7 +75,7 @@ def run(
     out = storage.absolute(out)
     refs, space = label_refs(listing.refs, task)
     decisions = copies.read_docket(resolve, space) if resolve else {}
-    previous = splits_by_pixels(Dataset(keep_splits)) if keep_splits else None
+    previous = Dataset(keep_splits).split_of_pixels() if keep_splits else None
     _clear(out, overwrite)
     with session():
         catalog, pairs = survey(refs, FamilyStage(key))

@@ -1,6 +1,7 @@
 """The catalog of a prepared dataset: one row per file, split or left out with a reason.
 
-A dataset folder holds `dataset.json`, `catalog.parquet` and `views/<name>/` with the pixel shards.
+A dataset folder holds `dataset.json`, `catalog.parquet`, `views/<name>/` with the pixel shards of
+train and validation, and `test_openings/` (see `seal`).
 """
 
 import itertools
@@ -13,6 +14,7 @@ from pydantic import Field
 
 from bt_core import storage
 from bt_core.config import StrictModel, parse
+from bt_core.data.seal import openings, record_opening, refuse_test
 from bt_core.data.splits import SPLITS, SplitPlan
 from bt_core.errors import ConfigError, DatasetError, SourceError, UsageError
 from bt_core.labels import (
@@ -81,13 +83,54 @@ class Dataset:
             raise DatasetError(f"{marker} cannot be understood: {error}") from error
 
     def catalog(self) -> pa.Table:
-        """Return all rows of the catalog."""
-        return storage.read_table(storage.join(self.location, "catalog.parquet"))
+        """Return the rows of all files but the test scans, which are sealed."""
+        table = self._all_rows()
+        return table.filter(pc.not_equal(table["split"], "test"))
 
     def split(self, name: str) -> pa.Table:
-        """Return the catalog rows of one split."""
-        table = self.catalog()
+        """Return the catalog rows of train or validation.
+
+        Raises:
+            SealedError: for the test split; see `open_test`.
+        """
+        refuse_test(name, "rows")
+        table = self._all_rows()
         return table.filter(pc.equal(table["split"], name))
+
+    def open_test(self, command: str, run_id: str) -> pa.Table:
+        """Return the catalog rows of the test split, and put on record that they were read.
+
+        Args:
+            command: the `bt` command that reads them; only `evaluate` may.
+            run_id: what is held against them, such as a bundle's id.
+
+        Raises:
+            SealedError: for any other command.
+        """
+        record_opening(self.location, command, run_id, self.info.digest)
+        table = self._all_rows()
+        return table.filter(pc.equal(table["split"], "test"))
+
+    def num_openings(self) -> int:
+        """Return how often this test split has been opened."""
+        found = openings(self.location)
+        return sum(opening.dataset_digest == self.info.digest for opening in found)
+
+    def split_of_pixels(self) -> dict[str, str]:
+        """Return the split of every picture that is in one, by its pixel digest.
+
+        A picture that stood on several sides counts as trained on. That is all that leaves the
+        sealed rows: which pictures to keep apart, without their places and labels.
+        """
+        columns = self._all_rows().select(["pixel_sha256", "split"]).to_pydict()
+        found: dict[str, str] = {}
+        for digest, split in zip(columns["pixel_sha256"], columns["split"], strict=True):
+            if split and found.setdefault(digest, split) != split:
+                found[digest] = "train"
+        return found
+
+    def _all_rows(self) -> pa.Table:
+        return storage.read_table(storage.join(self.location, "catalog.parquet"))
 
 
 def label_refs(refs: list[ScanRef], task: str | None) -> tuple[pa.Table, LabelSpace]:
@@ -212,19 +255,6 @@ def describe(
         num_copied_from_training=sum(catalog["copy_in_training"].to_pylist()),
         digest=storage.digest_lines(lines),
     )
-
-
-def splits_by_pixels(dataset: Dataset) -> dict[str, str]:
-    """Return the split of every picture of a dataset that is in one, by its pixel digest.
-
-    A picture that stood on several sides counts as trained on.
-    """
-    columns = dataset.catalog().select(["pixel_sha256", "split"]).to_pydict()
-    found: dict[str, str] = {}
-    for digest, split in zip(columns["pixel_sha256"], columns["split"], strict=True):
-        if split and found.setdefault(digest, split) != split:
-            found[digest] = "train"
-    return found
 
 
 def _folders(member: str) -> list[str]:

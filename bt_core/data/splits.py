@@ -67,17 +67,15 @@ def assign_splits(
     for group, split in zip(groups, splits, strict=True):
         sides[group].add(split)
     inner = [k for k, split in enumerate(splits) if split != "test"]
-    names = [str(k) for k in range(plan.num_folds)]
-    shares = [1 / plan.num_folds] * plan.num_folds
     inner_groups, inner_labels = [groups[k] for k in inner], [labels[k] for k in inner]
-    folds = grouped_split(inner_groups, inner_labels, shares, plan.seed + 1, names)
+    folds = grouped_folds(inner_groups, inner_labels, plan.num_folds, plan.seed)
     split_N, fold_N = [""] * catalog.num_rows, [-1] * catalog.num_rows
     copied_N = [False] * catalog.num_rows
     for i, group, split in zip(usable, groups, splits, strict=True):
         split_N[i] = split
         copied_N[i] = bool(sides[group] & _TRAINED_BEFORE[split])
     for k, fold in zip(inner, folds, strict=True):
-        fold_N[usable[k]] = int(fold)
+        fold_N[usable[k]] = fold
     catalog = catalog.append_column("split", pa.array(split_N, pa.string()))
     catalog = catalog.append_column("fold", pa.array(fold_N, pa.int64()))
     return catalog.append_column("copy_in_training", pa.array(copied_N, pa.bool_()))
@@ -168,6 +166,21 @@ def grouped_split(
         for group, part in zip(line, _cut(sizes, np.array(wanted)), strict=True):
             split_of[group] = names[part]
     return [split_of[group] for group in groups]
+
+
+def grouped_folds(
+    groups: Sequence[str], labels: Sequence[str], num_folds: int, seed: int
+) -> list[int]:
+    """Return the fold, 0 up, of every scan; whole groups at a time, as `grouped_split` does.
+
+    Args:
+        groups: N names; scans of one group stay together.
+        labels: N class names.
+        num_folds: two at least.
+        seed: of the dataset's plan; its folds are independent of its splits.
+    """
+    names, shares = [str(k) for k in range(num_folds)], [1 / num_folds] * num_folds
+    return [int(fold) for fold in grouped_split(groups, labels, shares, seed + 1, names)]
 
 
 def _cut(sizes: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from bt_core.data.catalog import Dataset
 from bt_core.data.decode_stage import Columns, DecodeStage
 from bt_core.data.guard import MAX_RETRIES
 from bt_core.data.pipeline import bounded_retries, check_rows, configure, decode
+from bt_core.data.seal import refuse_test
 from bt_core.data.stream import split_streamed
 from bt_core.scans.preprocess import PreprocessSpec
 
@@ -23,9 +24,10 @@ _CACHED_SHARE: Final = 0.25
 def ensure_view(dataset: Dataset, spec: PreprocessSpec) -> str:
     """Return the folder of a dataset's pixel shards for a spec, writing them first if need be.
 
-    A view holds `split=train`, `split=validation` and `split=test`, each with Parquet shards of
-    scan_id, label (class index) and pixels (uint8, S x S), in a random order that the dataset's
-    seed decides, so that streaming them in order mixes the classes.
+    A view holds `split=train` and `split=validation`, each with Parquet shards of scan_id, label
+    (class index) and pixels (uint8, S x S), in a random order that the dataset's seed decides, so
+    that streaming them in order mixes the classes. Test scans are in no view: they are sealed, and
+    scored from their source.
     """
     name = f"{spec.size_px}px-{spec.pixel_digest[:8]}"
     location = storage.join(dataset.location, "views", name)
@@ -71,7 +73,11 @@ def read_view(view: str, split: str) -> ray.data.Dataset:
     A split that takes less than a quarter of the cluster's object store is read into it once, so
     that an epoch does not begin with starting tasks (12 to 20 s on two busy cores); a larger one is
     streamed from its shards every epoch.
+
+    Raises:
+        SealedError: for the test split.
     """
+    refuse_test(split, "pixels")
     configure()
     folder = storage.join(view, f"split={split}")
     with bounded_retries():

@@ -93,7 +93,7 @@ def test_an_audit_does_not_overwrite_a_docket_in_silence(audited, source, capfd)
 def test_prepare_keeps_families_together_and_obeys_the_docket(audited, source, tmp_path):
     data = tmp_path / "data"
     assert bt("prepare", source, "-o", data, "--recipe", "cnn_small") == 3
-    catalog = Dataset(str(data)).catalog().to_pylist()
+    catalog = pq.read_table(data / "catalog.parquet").to_pylist()
     split_of = {row["member"]: row["split"] for row in catalog}
     for name in CLASS_NAMES:
         assert split_of[f"Testing/{name}/turned.png"] == split_of[f"Training/{name}/0.png"]
@@ -109,7 +109,7 @@ def test_prepare_keeps_families_together_and_obeys_the_docket(audited, source, t
     settled = tmp_path / "settled"
     words = ("--recipe", "cnn_small", "--resolve", docket, "--keep-splits", data)
     assert bt("prepare", source, "-o", settled, *words) == 3
-    after = {row["member"]: row for row in Dataset(str(settled)).catalog().to_pylist()}
+    after = {row["member"]: row for row in pq.read_table(settled / "catalog.parquet").to_pylist()}
     assert {m for m, row in after.items() if row["reason"]} == {"Training/glioma/broken.png"}
     assert after["Training/glioma/doubted.png"]["label"] == "pituitary"
     assert all(after[member]["split"] == split for member, split in split_of.items() if split)
@@ -122,7 +122,7 @@ def test_the_given_split_is_kept_on_request_and_its_copies_are_counted(
 ):
     data = tmp_path / "data"
     assert bt("prepare", source, "-o", data, "--recipe", "cnn_small", "--split", "given") == 3
-    catalog = Dataset(str(data)).catalog().to_pylist()
+    catalog = pq.read_table(data / "catalog.parquet").to_pylist()
     given = [row for row in catalog if not row["reason"]]
     assert all((row["split"] == "test") == (row["given_split"] == "test") for row in given)
     copied = sum(row["copy_in_training"] for row in given)

@@ -10,6 +10,7 @@ import torch
 
 from bt_core import storage
 from bt_core.data.catalog import Dataset
+from bt_core.data.seal import openings
 from bt_core.data.views import read_view
 from bt_core.models.bundle import Bundle
 from bt_core.models.classifier import rebuild_classifier
@@ -46,7 +47,8 @@ def test_the_catalog_has_one_row_for_each_file_and_copies_stay_together(chain):
 def test_shards_hold_every_scan_of_a_split_once_in_mixed_order(chain, ray_session):
     views = [p for p in (chain.data / "views").iterdir() if p.name.startswith("48px")]
     assert len(views) == 1, "both runs share one view"
-    for split in ("train", "validation", "test"):
+    assert not (views[0] / "split=test").exists(), "test scans are sealed"
+    for split in ("train", "validation"):
         shards = read_view(str(views[0]), split).take_all()
         expected = Dataset(str(chain.data)).split(split)["scan_id"].to_pylist()
         assert sorted(row["scan_id"] for row in shards) == sorted(expected)
@@ -89,8 +91,11 @@ def test_the_bundle_holds_both_members_without_a_pickle_or_a_path(chain):
 
 def test_the_report_agrees_with_its_own_predictions(chain):
     metrics = json.loads((chain.report / "metrics.json").read_text())
-    dataset = Dataset(str(chain.data))
-    truth = {r["scan_id"]: r["label"] for r in dataset.split("test").to_pylist()}
+    truth = {
+        row["scan_id"]: row["label"]
+        for row in rows(chain.data / "catalog.parquet")
+        if row["split"] == "test"
+    }
     predictions = rows(chain.report / "scores")
     assert {row["scan_id"] for row in predictions} == set(truth)
     right = sum(row["predicted_label"] == truth[row["scan_id"]] for row in predictions)
@@ -99,6 +104,10 @@ def test_the_report_agrees_with_its_own_predictions(chain):
     page = (chain.report / "report.html").read_text()
     assert f"{metrics['clean']['accuracy']:.1%}".rstrip("%") in page
     assert "not a medical device" in page
+    opening = openings(str(chain.data))[0]
+    assert (opening.command, opening.dataset_digest) == ("evaluate", metrics["dataset_digest"])
+    assert opening.run_id == metrics["bundle_id"]
+    assert metrics["num_test_openings"] == 1
     assert page.count("<img") == 1
     assert "http" not in page.split("<body>")[1], "the page needs no network"
 

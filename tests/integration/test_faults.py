@@ -19,7 +19,7 @@ import ray
 import torch
 
 from bt_core.data import pipeline
-from bt_core.data.catalog import Dataset, ref_columns
+from bt_core.data.catalog import ref_columns
 from bt_core.data.decode_stage import DecodeStage
 from bt_core.models.run import Run, read_history
 from bt_core.scans.archives import list_scans
@@ -77,7 +77,8 @@ def test_prepare_keeps_corrupt_files_and_conflicts_with_a_reason(ray_session, tm
     (root / "glioma" / "same.png").write_bytes(png(999))
     (root / "notumor" / "same.png").write_bytes(png(999))
     assert bt("prepare", root, "-o", tmp_path / "data") == 3
-    catalog = {r["member"]: r for r in Dataset(str(tmp_path / "data")).catalog().to_pylist()}
+    table = pq.read_table(tmp_path / "data" / "catalog.parquet")
+    catalog = {r["member"]: r for r in table.to_pylist()}
     assert len(catalog) == 19
     assert catalog["glioma/cut.png"]["reason"] in ("truncated_image", "corrupt_image")
     assert catalog["glioma/same.png"]["reason"] == "label_conflict"

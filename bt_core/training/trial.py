@@ -1,0 +1,256 @@
+"""One trial of a sweep: folds x seeds of one recipe, with a record that can train it again."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from statistics import fmean
+from typing import Any, Final, Literal
+
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from bt_core import __version__, storage
+from bt_core.config import StrictModel, parse
+from bt_core.data.catalog import Dataset
+from bt_core.errors import ConfigError, UsageError, WeightsError
+from bt_core.log import logger
+from bt_core.models.classifier import build_classifier
+from bt_core.training.engine import SCORE, Predictions
+from bt_core.training.folds import load_rows, train_fold
+from bt_core.training.recipe import Recipe
+from bt_core.training.sweep import Candidate
+
+_PACKAGES: Final = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless")
+REPLAYED: Final = ("epoch", "loss", "learning_rate", "val_scans", "val_accuracy", "val_macro_f1",
+                   "val_log_loss", SCORE)  # fmt: skip
+"""Figures of an epoch that do not depend on how fast it went."""
+
+
+class FitRecord(StrictModel):
+    """One training inside a trial."""
+
+    fold: int
+    seed: int
+    epochs: list[dict[str, Any]] = Field(default_factory=list)
+    """Figures of every epoch."""
+
+    def best(self) -> dict[str, Any]:
+        """Return the figures of the epoch with the best score."""
+        return max(self.epochs, key=lambda figures: float(figures[SCORE]))
+
+
+class TrialRecord(StrictModel):
+    """Everything that a trial was, so that it can be trained again."""
+
+    trial_id: str
+    recipe: dict[str, Any]
+    point: dict[str, Any]
+    """Dotted key to the value that the search chose."""
+    notes: list[str] = Field(default_factory=list)
+    num_folds: int
+    seeds: list[int]
+    metric: str
+    dataset_digest: str
+    view: str
+    """Folder below the dataset's `views` with the pixels."""
+    device: str
+    num_threads: int
+    environment: dict[str, str]
+    started_at: str
+    seconds: float = 0.0
+    status: Literal["running", "finished", "stopped", "failed"] = "running"
+    reason: str = ""
+    """Of a trial that failed or was stopped."""
+    fits: list[FitRecord] = Field(default_factory=list)
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs trained in all."""
+        return sum(len(one.epochs) for one in self.fits)
+
+    def mean(self, metric: str) -> float | None:
+        """Return the mean of a metric over the trainings so far, each at its best epoch."""
+        trained = [one.best()[metric] for one in self.fits if one.epochs]
+        return fmean(trained) if trained else None
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that decide a trial's numbers."""
+    return {"bt": __version__, "python": platform.python_version()} | {
+        package: version(package) for package in _PACKAGES
+    }
+
+
+def run_trial(
+    record: TrialRecord,
+    dataset: Dataset,
+    on_epoch: Callable[[TrialRecord, float], None],
+) -> tuple[TrialRecord, pa.Table]:
+    """Train a trial's folds and seeds, one after another.
+
+    Args:
+        record: what to train; its fits are trained anew.
+        dataset: prepared scans.
+        on_epoch: is given the record so far and the share of the work that is done, in (0, 1]. A
+            trial goes through folds in the same order as all others, so that two trials of equal
+            share are compared on the same folds.
+
+    Returns:
+        The finished record, and the validation predictions of each training's best epoch:
+        scan_id, label, logits, fold, seed.
+
+    Raises:
+        ConfigError, WeightsError, FloatingPointError, MemoryError: if it cannot be trained.
+    """
+    torch.set_num_threads(record.num_threads)
+    started = time.perf_counter()
+    recipe = parse(Recipe, record.recipe, f"recipe of trial {record.trial_id}")
+    view = storage.join(dataset.location, "views", record.view)
+    rows = load_rows(dataset, view, record.num_folds)
+    planned = [(fold, seed) for seed in record.seeds for fold in range(record.num_folds)]
+    fits: list[FitRecord] = []
+    tables: list[pa.Table] = []
+
+    def so_far(**update: Any) -> TrialRecord:
+        seconds = round(time.perf_counter() - started, 1)
+        return record.model_copy(update={"fits": list(fits), "seconds": seconds, **update})
+
+    for fold, seed in planned:
+        fits.append(FitRecord(fold=fold, seed=seed))
+
+        def report(figures: dict[str, Any]) -> None:
+            last = fits[-1]
+            fits[-1] = last.model_copy(update={"epochs": [*last.epochs, dict(figures)]})
+            share = (len(fits) - 1 + len(fits[-1].epochs) / recipe.train.epochs) / len(planned)
+            on_epoch(so_far(), share)
+
+        seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
+        best = train_fold(seeded, rows, fold, torch.device(record.device), report)
+        tables.append(_table(best, fold, seed))
+    return so_far(status="finished"), pa.concat_tables(tables)
+
+
+def _table(predictions: Predictions, fold: int, seed: int) -> pa.Table:
+    table = pa.table(
+        {
+            "scan_id": predictions.scan_id,
+            "label": predictions.label,
+            "logits": pa.array(predictions.logits, pa.list_(pa.float32())),
+        }
+    )
+    table = table.append_column("fold", pa.array([fold] * table.num_rows))
+    return table.append_column("seed", pa.array([seed] * table.num_rows))
+
+
+def with_weights(
+    found: list[Candidate], sources: Sequence[str], missing: str, num_classes: int
+) -> list[Candidate]:
+    """Give each recipe initial weights that can be had, by building its classifier once.
+
+    Args:
+        found: recipes of the sweep.
+        sources: `local-dir:PATH`; each serves the recipes whose backbone it holds.
+        missing: `error`, or `none` to start such recipes from none, with a note.
+        num_classes: K.
+
+    Raises:
+        ConfigError: if a backbone does not exist.
+        WeightsError: if weights cannot be had and `missing` is `error`.
+    """
+    return [_with_weights(candidate, sources, missing, num_classes) for candidate in found]
+
+
+def _with_weights(
+    candidate: Candidate, sources: Sequence[str], missing: str, num_classes: int
+) -> Candidate:
+    own = candidate.recipe({}).model.weights
+    tried = [own] if own == "none" else [*sources, own]
+    for weights in tried:
+        try:
+            recipe = candidate.recipe({"model.weights": weights})
+            build_classifier(recipe.model, recipe.preprocess, num_classes)
+        except WeightsError:
+            if weights == own and missing == "error":
+                raise
+            continue
+        return Candidate(candidate.name, recipe.model_dump(mode="json"), candidate.notes)
+    logger.warning("%s: %s weights cannot be had; it starts from none", candidate.name, own)
+    recipe = candidate.recipe({"model.weights": "none"})
+    note = f"{own.partition(':')[0]} weights not at hand: starts from none"
+    return Candidate(candidate.name, recipe.model_dump(mode="json"), [*candidate.notes, note])
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a trial failed, as one line that begins with a code."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, FloatingPointError):
+        return f"not_finite: {text}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        return "out_of_memory: use a smaller batch or picture, or more memory per trial"
+    if isinstance(error, ConfigError | WeightsError):
+        return f"refused: {text}"
+    return f"error: {type(error).__name__}: {text}"
+
+
+def read_records(location: str) -> list[TrialRecord]:
+    """Return the records of a finished sweep's `trials.jsonl`.
+
+    Raises:
+        UsageError: if the folder holds none.
+    """
+    where = storage.join(location, "trials.jsonl")
+    try:
+        lines = storage.read_bytes(where).splitlines()
+    except FileNotFoundError as error:
+        raise UsageError(f"{location} holds no trials.jsonl; give the -o of a bt tune") from error
+    return [parse(TrialRecord, storage.loads_json(line), where) for line in lines]
+
+
+def replay(record: TrialRecord, dataset: Dataset) -> TrialRecord:
+    """Train a trial again from its record, as far as it had gone, in this process.
+
+    On the kind of CPU and with the package versions of the record its figures come out equal to
+    the last bit.
+
+    Returns:
+        The new record.
+
+    Raises:
+        UsageError: if the trial never trained an epoch, or the dataset is another one.
+    """
+    if not record.num_epochs:
+        raise UsageError(f"trial {record.trial_id} trained no epoch: {record.reason}")
+    if dataset.info.digest != record.dataset_digest:
+        raise UsageError(f"{dataset.location} is not the dataset that the trial was trained on")
+    wanted = record.num_epochs
+
+    def on_epoch(so_far: TrialRecord, share: float) -> None:
+        if so_far.num_epochs == wanted and record.status != "finished":
+            raise _Enough(so_far)
+
+    try:
+        return run_trial(record.model_copy(update={"status": "running"}), dataset, on_epoch)[0]
+    except _Enough as enough:
+        return enough.record
+
+
+class _Enough(Exception):
+    def __init__(self, record: TrialRecord) -> None:
+        super().__init__()
+        self.record = record
+
+
+def differences(first: TrialRecord, second: TrialRecord) -> list[str]:
+    """Return each figure of each epoch in which two records of a trial differ, as text."""
+    found = []
+    for one, other in zip(first.fits, second.fits, strict=True):
+        for a, b in zip(one.epochs, other.epochs, strict=True):
+            found += [
+                f"fold {one.fold}, seed {one.seed}, epoch {a['epoch']}, {name}: "
+                f"{a[name]}, {b[name]}"
+                for name in REPLAYED
+                if a[name] != b[name]
+            ]
+    return found

@@ -1,0 +1,309 @@
+"""Sweep files, folds, records and the tie rule, without Ray."""
+
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy.stats import t as student
+from scipy.stats import ttest_rel
+from sklearn.metrics import accuracy_score, f1_score, log_loss
+
+from bt_core import storage
+from bt_core.config import parse
+from bt_core.data.catalog import Dataset, DatasetInfo
+from bt_core.data.splits import SplitPlan, assign_splits
+from bt_core.errors import ConfigError, DatasetError, UsageError, WeightsError
+from bt_core.labels import LABEL_SPACES
+from bt_core.training.folds import fold_of_scans
+from bt_core.training.leaderboard import leaderboard, text_table, to_table
+from bt_core.training.noise import count, holm, metric_of, ranks, scan_noise, training_noise
+from bt_core.training.sweep import SweepSpec, candidates, load_sweep, preprocessings
+from bt_core.training.sweep_job import plan_slots, point_of
+from bt_core.training.trial import FitRecord, TrialRecord, reason_of, with_weights
+from jobs.recipes_folder import RECIPES
+
+
+def spec_of(**content):
+    return parse(SweepSpec, {"recipes": ["cnn_small"], **content}, "sweep.yaml")
+
+
+CHOICE = {"train.learning_rate": {"choice": [0.1, 0.01]}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"folsd": 3}, "did you mean 'folds'"),
+        ({"space": {"a": {"choice": [1], "uniform": [0, 1]}}}, "exactly one of choice"),
+        ({"space": {"a": {"uniform": [1, 0]}}}, "bounds must rise"),
+        ({"space": {"a": {"log_uniform": [0, 1]}}}, "greater than 0"),
+        ({"space": {"a": {"uniform": [0, 1]}}, "search": "grid"}, "a grid needs choices"),
+        ({"num_samples": 3}, "no effect without a space"),
+        ({"space": CHOICE, "search": "grid", "num_samples": 3}, "no effect on a grid"),
+        ({"space": CHOICE, "fixed": {"train.learning_rate": 1}}, "in fixed and in space"),
+        ({"space": {"preprocess.size_px": {"uniform": [32, 64]}}}, "stored before the sweep"),
+        ({"space": {"train.seed": {"choice": [0, 1]}}}, "set by the sweep itself"),
+        ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"metric": "test_accuracy"}, "metric"),
+    ],
+)
+def test_a_wrong_sweep_is_answered_with_what_is_wrong(content, message):
+    with pytest.raises(ConfigError, match=message):
+        spec_of(**content)
+
+
+def test_every_sweep_in_the_project_names_recipes_that_there_are():
+    for path in sorted((RECIPES / "sweeps").glob("*.yaml")):
+        content = storage.read_bytes(str(path)).decode()
+        assert content.startswith("# ")
+        found = candidates(load_sweep(str(path)), RECIPES, "four_class")
+        assert found, path
+    reference = candidates(spec_of(recipes=["*"]), RECIPES, "four_class")
+    assert {c.name for c in reference} == {p.stem for p in RECIPES.glob("*.yaml")}
+
+
+def test_each_choice_is_checked_against_each_recipe_before_anything_runs():
+    with pytest.raises(ConfigError, match="did you mean 'learning_rate'"):
+        candidates(spec_of(space={"train.learnin_rate": {"choice": [1]}}), RECIPES, "four_class")
+    with pytest.raises(ConfigError, match=r"size_px.*greater than or equal to 32"):
+        candidates(
+            spec_of(space={"preprocess.size_px": {"choice": [64, 16]}}), RECIPES, "four_class"
+        )
+    with pytest.raises(ConfigError, match="no recipe is like 'nonesuch"):
+        candidates(spec_of(recipes=["nonesuch*"]), RECIPES, "four_class")
+    with pytest.raises(ConfigError, match="is a value"):
+        candidates(spec_of(fixed={"name.first": 1}), RECIPES, "four_class")
+
+
+def test_a_recipe_takes_the_sweeps_epochs_and_the_datasets_task_and_says_so():
+    [one] = candidates(spec_of(epochs=2, fixed={"train.batch_size": 4}), RECIPES, "binary")
+    recipe = one.recipe({"train.learning_rate": 0.5})
+    assert (recipe.train.epochs, recipe.train.batch_size, recipe.train.learning_rate) == (2, 4, 0.5)
+    assert recipe.task == "binary"
+    assert one.notes == ["for binary here, four_class in its file"]
+
+
+def test_weights_that_cannot_be_had_are_an_error_or_a_note(tmp_path):
+    fixed = {"model.weights": f"local-dir:{tmp_path}"}
+    spec = spec_of(recipes=["mobilenetv2"], fixed=fixed)
+    found = candidates(spec, RECIPES, "four_class")
+    with pytest.raises(WeightsError, match="is not a timm folder"):
+        with_weights(found, [], "error", 4)
+    [bare] = with_weights(found, [], "none", 4)
+    assert bare.recipe({}).model.weights == "none"
+    assert bare.notes == ["local-dir weights not at hand: starts from none"]
+    scratch = candidates(spec_of(), RECIPES, "four_class")
+    assert with_weights(scratch, [f"local-dir:{tmp_path}"], "error", 4)[0].notes == []
+
+
+def test_pixels_of_every_combination_are_stored_once():
+    space = {
+        "preprocess.equalize": {"choice": [False, True]},
+        "preprocess.size_px": {"int_range": [32, 33]},
+        "preprocess.normalize": {"choice": ["unit", "zscore"]},
+        "preprocess.clahe": {"choice": [None, {"clip_limit": 2.0}]},
+    }
+    spec = spec_of(space=space)
+    specs = preprocessings(spec, candidates(spec, RECIPES, "four_class"))
+    found = {(p.equalize, p.size_px, p.clahe is not None) for p in specs}
+    assert found == set(itertools.product((False, True), (32, 33), (False, True))) - {
+        (True, 32, True), (True, 33, True)
+    }, "equalised and CLAHE together is no recipe; that trial will say so"  # fmt: skip
+    assert len(specs) == 6
+
+
+def test_points_come_back_as_they_were_written():
+    space = {
+        "a": {"choice": [[], [128], None, "adamw", True]},
+        "b": {"uniform": [0, 1]},
+        "c": {"int_range": [1, 3]},
+    }
+    config = {"recipe": "x", "a": "[128]", "b": np.float64(0.5), "c": np.int64(2)}
+    point = point_of(config, spec_of(space=space))
+    assert point == {"a": [128], "b": 0.5, "c": 2}
+    assert [type(v) for v in point.values()] == [list, float, int]
+
+
+def test_trials_never_hold_more_threads_than_there_are_cpus():
+    assert plan_slots(spec_of(), 2, 0, 2).max_concurrent == 2
+    assert plan_slots(spec_of(cpus_per_trial=2), 5, 0, 4).max_concurrent == 2
+    assert plan_slots(spec_of(max_concurrent=9), 4, 0, 4).max_concurrent == 4
+    slots = plan_slots(spec_of(gpus_per_trial=0.5), 16, 1, 16)
+    assert (slots.max_concurrent, slots.device) == (2, "cuda")
+    with pytest.raises(UsageError, match="the largest node has 2"):
+        plan_slots(spec_of(cpus_per_trial=4), 8, 0, 2)
+    with pytest.raises(UsageError, match="the cluster has 0"):
+        plan_slots(spec_of(gpus_per_trial=1), 8, 0, 8)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Sixty pictures of two classes, each twice, and their splits."""
+    num = 120
+    table = pa.table(
+        {
+            "scan_id": [f"s{i:03}" for i in range(num)],
+            "label": [("healthy", "tumor")[i // 2 % 2] for i in range(num)],
+            "given_split": [""] * num,
+            "reason": [""] * num,
+            "group": [f"g{i // 2}" for i in range(num)],
+            "pixel_sha256": [str(i) for i in range(num)],
+        }
+    )
+    catalog = assign_splits(table, SplitPlan())
+    storage.write_table(str(tmp_path / "catalog.parquet"), catalog)
+    info = DatasetInfo(
+        source="s", label_space=LABEL_SPACES["binary"], plan=SplitPlan(), num_scans=num,
+        num_left_out={}, num_skipped={}, num_families=60, digest="d",
+    )  # fmt: skip
+    return Dataset(str(tmp_path), info), catalog.to_pylist()
+
+
+def test_folds_keep_groups_together_and_never_touch_the_test_split(dataset):
+    prepared, rows = dataset
+    for num_folds in (2, 3, 5):
+        fold_of = fold_of_scans(prepared, num_folds)
+        assert set(fold_of) == {r["scan_id"] for r in rows if r["split"] != "test"}
+        assert set(fold_of.values()) == set(range(num_folds))
+        of_group = {}
+        for row in rows:
+            if row["split"] != "test":
+                of_group.setdefault(row["group"], set()).add(fold_of[row["scan_id"]])
+        assert all(len(folds) == 1 for folds in of_group.values())
+    assert fold_of == {r["scan_id"]: r["fold"] for r in rows if r["fold"] >= 0}, "the catalog's own"
+    one = fold_of_scans(prepared, 1)
+    assert {i for i, fold in one.items() if fold == 0} == {
+        r["scan_id"] for r in rows if r["split"] == "validation"
+    }
+    with pytest.raises(DatasetError, match="too few scans for 200 folds"):
+        fold_of_scans(prepared, 200)
+
+
+def predictions(rng, num, accuracy, num_classes=4):
+    labels_N = np.arange(num) % num_classes
+    logits_NK = rng.normal(size=(num, num_classes))
+    right_N = rng.random(num) < accuracy
+    answers_N = np.where(right_N, labels_N, (labels_N + 1) % num_classes)
+    logits_NK[np.arange(num), answers_N] += 5
+    return labels_N, logits_NK
+
+
+def test_metrics_of_counts_are_those_of_scikit_learn():
+    labels_N, logits_NK = predictions(np.random.default_rng(0), 200, 0.7)
+    family_N = np.arange(200) // 2
+    counted = count(labels_N, logits_NK, family_N, 100)
+    total = (counted.confusion_FKK.sum(0)[None], counted.log_loss_F.sum()[None])
+    predicted_N = logits_NK.argmax(1)
+    probs_NK = np.exp(logits_NK) / np.exp(logits_NK).sum(1, keepdims=True)
+    macro_f1 = f1_score(labels_N, predicted_N, average="macro")
+    loss = log_loss(labels_N, probs_NK)
+    accuracy = accuracy_score(labels_N, predicted_N)
+    assert metric_of("val_accuracy", *total)[0] == pytest.approx(accuracy)
+    assert metric_of("val_macro_f1", *total)[0] == pytest.approx(macro_f1)
+    assert metric_of("val_log_loss", *total)[0] == pytest.approx(loss)
+    assert metric_of("val_score", *total)[0] == pytest.approx(macro_f1 - 0.01 * loss)
+
+
+def test_noise_of_scans_is_the_paired_t_test_where_every_family_is_one_scan():
+    rng = np.random.default_rng(1)
+    labels_N, first_NK = predictions(rng, 300, 0.9)
+    second_NK = predictions(rng, 300, 0.8)[1]
+    counts = [count(labels_N, x, np.arange(300), 300) for x in (first_NK, second_NK)]
+    right = [(x.argmax(1) == labels_N).astype(float) for x in (first_NK, second_NK)]
+    expected = ttest_rel(*right).pvalue
+    assert scan_noise(counts, "val_accuracy")[0, 1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_copies_of_a_scan_are_no_further_evidence():
+    rng = np.random.default_rng(1)
+    labels_N, first_NK = predictions(rng, 100, 0.9)
+    second_NK = predictions(rng, 100, 0.8)[1]
+    once = [count(labels_N, x, np.arange(100), 100) for x in (first_NK, second_NK)]
+    family_N = np.arange(400) % 100
+    copied = [
+        count(np.tile(labels_N, 4), np.tile(x, (4, 1)), family_N, 100)
+        for x in (first_NK, second_NK)
+    ]
+    p = [scan_noise(counts, "val_macro_f1")[0, 1] for counts in (once, copied)]
+    assert p[0] == pytest.approx(p[1])
+
+
+def test_noise_of_training_is_the_corrected_resampled_t_test():
+    first_J, second_J = np.array([0.9, 0.8, 0.85, 0.95]), np.array([0.7, 0.78, 0.71, 0.74])
+    p = training_noise(np.stack([first_J, second_J]), num_folds=4)[0, 1]
+    difference_J = first_J - second_J
+    error = np.sqrt(difference_J.var(ddof=1) * (1 / 4 + 1 / 3))
+    assert p == pytest.approx(2 * student.sf(difference_J.mean() / error, 3))
+    assert training_noise(np.array([[0.9], [0.1]]), num_folds=1) is None, "nothing to see"
+
+
+def test_holms_correction_is_that_of_the_textbook():
+    p_MM = np.ones((3, 3))
+    for (i, j), p in {(0, 1): 0.01, (0, 2): 0.04, (1, 2): 0.03}.items():
+        p_MM[i, j] = p_MM[j, i] = p
+    adjusted = holm(p_MM)
+    assert adjusted[0, 1] == pytest.approx(0.03)
+    assert adjusted[1, 2] == adjusted[2, 0] == pytest.approx(0.06)
+
+
+def test_equal_models_are_tied_and_a_worse_one_is_not():
+    rng = np.random.default_rng(2)
+    labels_N = predictions(rng, 400, 1)[0]
+    logits = [predictions(rng, 400, accuracy)[1] for accuracy in (0.92, 0.90, 0.5)]
+    logits.append(logits[0])
+    counts = [count(labels_N, x, np.arange(400) // 2, 200) for x in logits]
+    scores_MJ = np.array(
+        [[(x.argmax(1) == labels_N)[j::3].mean() for j in range(3)] for x in logits]
+    )
+    found, p = ranks(counts, scores_MJ, "val_accuracy", num_folds=3, larger_is_better=True)
+    assert found == [1, 1, 4, 1]
+    assert p[2] < 0.05 < p[1]
+    assert p[0] == p[3] == 1
+
+
+def record_of(trial_id, status="finished", scores=(0.5, 0.5), reason=""):
+    fits = [
+        FitRecord(fold=j, seed=0, epochs=[
+            {"val_score": s, "val_accuracy": s, "val_macro_f1": s, "val_log_loss": 1 - s}
+        ])
+        for j, s in enumerate(scores)
+    ]  # fmt: skip
+    return TrialRecord(
+        trial_id=trial_id, recipe={"name": "r", "model": {"weights": "none"}}, point={"a": [1]},
+        num_folds=2, seeds=[0], metric="val_score", dataset_digest="d", view="v", device="cpu",
+        num_threads=1, environment={}, started_at="", status=status, reason=reason, fits=fits,
+    )  # fmt: skip
+
+
+def test_the_leaderboard_puts_finished_before_stopped_before_failed():
+    records = [
+        record_of("broken", "failed", (), "not_finite: the loss is nan"),
+        record_of("halted", "stopped", (0.99,), "stopped early by asha"),
+        record_of("worse", scores=(0.4, 0.5)),
+        record_of("better", scores=(0.9, 0.8)),
+    ]
+    rng = np.random.default_rng(3)
+    tables = {}
+    for name, accuracy in (("worse", 0.45), ("better", 0.85)):
+        labels_N, logits_NK = predictions(rng, 200, accuracy)
+        ids = [str(i) for i in range(200)]
+        tables[name] = pa.table({"scan_id": ids, "label": labels_N, "logits": logits_NK.tolist()})
+    spec = spec_of(folds=2, space={"a": {"choice": [[1], 2]}})
+    rows = leaderboard(records, tables, {str(i): str(i // 2) for i in range(200)}, spec)
+    assert [row["trial_id"] for row in rows] == ["better", "worse", "halted", "broken"]
+    assert [row["rank"] for row in rows[2:]] == [None, None]
+    text = text_table(rows, spec)
+    assert "not_finite: the loss is nan" in text
+    assert "Holm" in text
+    table = to_table(rows, ["a"])
+    assert table["a"].to_pylist() == ["[1]"] * 4
+    assert table.num_rows == 4
+
+
+def test_reasons_begin_with_a_code():
+    assert reason_of(FloatingPointError("the loss is nan")).startswith("not_finite: ")
+    assert reason_of(MemoryError()).startswith("out_of_memory: ")
+    assert reason_of(RuntimeError("DefaultCPUAllocator: can't allocate memory")).startswith("out_")
+    assert reason_of(ConfigError("no")).startswith("refused: ")
+    assert reason_of(KeyError("x")).startswith("error: KeyError")
