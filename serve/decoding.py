@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Final
 
 import numpy as np
@@ -42,9 +43,8 @@ class UploadDecoder:
 
     def __init__(self, specs: Sequence[PreprocessSpec], num_processes: int = 2) -> None:
         self._specs = tuple(specs)
-        # Not fork: a server has threads, whose locks would stay held in the child.
-        spawn = multiprocessing.get_context("spawn")
-        self._pool = ProcessPool(max_workers=num_processes, context=spawn)
+        self._num_processes = num_processes
+        self._pool = self._new_pool()
         for _ in range(num_processes):  # so that the first upload does not wait for their imports
             self._pool.schedule(_attempt, args=(b"", "", ()))
 
@@ -54,14 +54,29 @@ class UploadDecoder:
         Raises:
             ScanError: as `decode_upload`, or `decoder_crashed`.
         """
-        future = self._pool.schedule(_attempt, args=(content, hint, self._specs))
         try:
-            outcome = await asyncio.wrap_future(future)
-        except ProcessExpired:
-            raise ScanError("decoder_crashed") from None
+            outcome = await self._ask(content, hint)
+        except BrokenProcessPool:  # a process was killed between two files, and the pool with it
+            outcome = await self._ask(content, hint)
         if isinstance(outcome, ScanError):
             raise outcome
         return outcome
+
+    async def _ask(self, content: bytes, hint: str) -> Decoded | ScanError:
+        if not self._pool.active:
+            self.close()
+            self._pool = self._new_pool()
+        future = self._pool.schedule(_attempt, args=(content, hint, self._specs))
+        try:
+            outcome: Decoded | ScanError = await asyncio.wrap_future(future)
+        except ProcessExpired:
+            return ScanError("decoder_crashed")
+        return outcome
+
+    def _new_pool(self) -> ProcessPool:
+        # Not fork: a server has threads, whose locks would stay held in the child.
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPool(max_workers=self._num_processes, context=spawn)
 
     def close(self) -> None:
         """End the processes."""

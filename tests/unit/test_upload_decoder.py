@@ -1,7 +1,9 @@
 """Uploads are decoded in processes of their own: one that ends its decoder spares the others."""
 
 import asyncio
+import os
 
+import psutil
 import pytest
 
 from bt_core.errors import ScanError
@@ -52,6 +54,21 @@ def test_files_that_end_their_decoder_are_refused_and_no_other(decoder):
     """gdcm 3.2 calls abort() on this file; see `deadly_dicom`."""
     results = outcomes(decoder, *[PNG, deadly_dicom()] * 4, PNG)
     assert reasons(results) == ["", "decoder_crashed"] * 4 + [""]
+
+
+def test_killed_processes_are_replaced_whenever_they_die(decoder):
+    own = os.getpid()
+    for _ in range(3):
+        children = psutil.Process(own).children(recursive=True)
+        for child in children:
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+        assert reasons(outcomes(decoder, PNG, PNG)) in (
+            ["", ""],
+            ["decoder_crashed", ""],
+            ["", "decoder_crashed"],
+        )
+        assert reasons(outcomes(decoder, PNG)) == [""]
 
 
 def test_an_upload_that_takes_too_long_is_refused(monkeypatch):
