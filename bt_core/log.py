@@ -38,7 +38,7 @@ class Progress:
         """Count scans that are done."""
         self._done += num_scans
         now = time.monotonic()
-        if now - self._said < _EVERY_SECONDS or sys.stderr.isatty():
+        if now - self._said < _EVERY_SECONDS or (sys.stderr and sys.stderr.isatty()):
             return
         self._said = now
         rate = self._done / (now - self._started)

@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Final
 
 import numpy as np
@@ -38,15 +39,23 @@ class UploadDecoder:
     Args:
         specs: preprocessing specs with distinct pixels.
         num_processes: how many uploads are decoded at once.
+        max_bytes: of memory, besides the upload, that decoding one may take.
+        max_seconds: that decoding one may take.
     """
 
-    def __init__(self, specs: Sequence[PreprocessSpec], num_processes: int = 2) -> None:
+    def __init__(
+        self,
+        specs: Sequence[PreprocessSpec],
+        num_processes: int = 2,
+        max_bytes: int = MAX_DECODE_BYTES,
+        max_seconds: float = MAX_SECONDS,
+    ) -> None:
         self._specs = tuple(specs)
-        # Not fork: a server has threads, whose locks would stay held in the child.
-        spawn = multiprocessing.get_context("spawn")
-        self._pool = ProcessPool(max_workers=num_processes, context=spawn)
+        self._limits = max_bytes, max_seconds
+        self._num_processes = num_processes
+        self._pool = self._new_pool()
         for _ in range(num_processes):  # so that the first upload does not wait for their imports
-            self._pool.schedule(_attempt, args=(b"", "", ()))
+            self._pool.schedule(_attempt, args=(b"", "", (), self._limits))
 
     async def decode(self, content: bytes, hint: str) -> Decoded:
         """Do what `decode_upload` does, within bounds of memory and time.
@@ -54,14 +63,31 @@ class UploadDecoder:
         Raises:
             ScanError: as `decode_upload`, or `decoder_crashed`.
         """
-        future = self._pool.schedule(_attempt, args=(content, hint, self._specs))
         try:
-            outcome = await asyncio.wrap_future(future)
-        except ProcessExpired:
-            raise ScanError("decoder_crashed") from None
+            outcome = await self._ask(content, hint)
+        except BrokenProcessPool:  # a process was killed between two files, and the pool with it
+            outcome = await self._ask(content, hint)
         if isinstance(outcome, ScanError):
             raise outcome
         return outcome
+
+    async def _ask(self, content: bytes, hint: str) -> Decoded | ScanError:
+        if not self._pool.active:
+            self.close()
+            self._pool = self._new_pool()
+        task = self._pool.schedule(_attempt, args=(content, hint, self._specs, self._limits))
+        future = asyncio.wrap_future(task)
+        future.add_done_callback(_retrieve)
+        try:  # shielded: pebble would end the process of a client that hangs up
+            outcome: Decoded | ScanError = await asyncio.shield(future)
+        except ProcessExpired:
+            return ScanError("decoder_crashed")
+        return outcome
+
+    def _new_pool(self) -> ProcessPool:
+        # Not fork: a server has threads, whose locks would stay held in the child.
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPool(max_workers=self._num_processes, context=spawn)
 
     def close(self) -> None:
         """End the processes."""
@@ -69,9 +95,17 @@ class UploadDecoder:
         self._pool.join()
 
 
-def _attempt(content: bytes, hint: str, specs: Sequence[PreprocessSpec]) -> Decoded | ScanError:
+def _retrieve(future: "asyncio.Future[Decoded | ScanError]") -> None:
+    """Take an exception that nobody waits for any more, which asyncio would print."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _attempt(
+    content: bytes, hint: str, specs: Sequence[PreprocessSpec], limits: tuple[int, float]
+) -> Decoded | ScanError:
     try:
-        with bounded(MAX_DECODE_BYTES, MAX_SECONDS):
+        with bounded(*limits):
             return decode_upload(content, hint, specs)
     except ScanError as error:  # as a value: pebble would hang a traceback's text on it
         return ScanError(error.reason, error.detail)

@@ -116,8 +116,7 @@ def survey(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, Pairs]:
 def describe_scans(refs: pa.Table, stage: FamilyStage) -> tuple[pa.Table, np.ndarray, np.ndarray]:
     """Return the catalog as `survey` does, and its rows' thumbnails and spectra.
 
-    These are gathered here, 6 KB for each scan, and the search takes them once more to the object
-    store.
+    These are gathered here, 6 KB for each scan, and the search takes 7 KB to the object store.
     """
     refs = refs.sort_by("scan_id")
     row_of = {scan_id: row for row, scan_id in enumerate(refs["scan_id"].to_pylist())}

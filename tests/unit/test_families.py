@@ -121,6 +121,35 @@ def test_the_index_finds_exactly_what_all_pairs_give(planted):
     assert len(found) < 70, "phantoms are different pictures"
 
 
+def blended(image, wave, correlation):
+    """The image with so much of a wave that its correlation with itself becomes this one."""
+    one = image.astype(np.float64) - image.mean()
+    wave = wave - wave.mean()
+    wave -= one * (wave * one).sum() / (one * one).sum()  # at a right angle to it
+    share = np.sqrt(1 / correlation**2 - 1) * np.linalg.norm(one) / np.linalg.norm(wave)
+    mixed = one + share * wave
+    return np.rint(np.interp(mixed, (mixed.min(), mixed.max()), (0, 255))).astype(np.uint8)
+
+
+@pytest.mark.parametrize("k", range(8))
+def test_copies_just_above_the_bound_are_found_and_below_it_are_not(k):
+    """Blended with a slow wave, the difference is all in the numbers that the shortlist sees."""
+    y, x = np.mgrid[0:64, 0:64] + 0.5
+    image = np.rint(phantom_slice("pituitary", 5, 64) * 0.6).astype(np.uint8)
+    found = []
+    for u, v in ((1, 0), (2, 1), (3, 3), (7, 4)):
+        wave = np.cos(np.pi * u * y / 64) * np.cos(np.pi * v * x / 64)
+        for correlation in (0.9802, 0.981, 0.9790):
+            other = transformed(blended(image, wave, correlation), k)
+            pixels = np.stack([image, other])
+            pairs = CopyIndex(pixels, spectrum(pixels)).search(0, 2)
+            exact = correlations(pixels[:1], pixels[1:], k)[0]
+            assert abs(exact - correlation) < 2e-4, "the blend is what it says"
+            assert len(pairs) == (exact >= MIN_CORRELATION)
+            found.append(len(pairs))
+    assert sum(found) == 8
+
+
 def test_several_blocks_find_what_one_finds(planted, monkeypatch):
     monkeypatch.setattr(families, "_BLOCK_ROWS", 70)
     index = CopyIndex(planted, spectrum(planted))

@@ -2,6 +2,7 @@
 
 import random
 import struct
+import tracemalloc
 import zlib
 
 import cv2
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bt_core.scans.codestream import decode_with_opencv
-from bt_core.scans.png import with_stored_data
+from bt_core.scans.png import plain_size, with_stored_data
 from tests.fuzz_decode import mutate
 from tests.scan_files import GREY, GREY16, RGB, RGB16, encode, encode_cv2
 
@@ -25,7 +26,7 @@ KINDS = {
     "rgba": encode(RGBA, "PNG"),
     "grey and alpha": encode(Image.fromarray(GREY).convert("LA"), "PNG"),
     "palette": encode(Image.fromarray(RGB).convert("P"), "PNG"),
-    "one bit": encode(Image.fromarray(GREY).convert("1"), "PNG"),
+    "one bit": encode(Image.fromarray(GREY > 128), "PNG"),
     "one row in many chunks": b"",
     "all filters": encode_cv2(GREY, ".png", (cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_ALL_FILTERS)),
 }
@@ -68,6 +69,32 @@ def test_a_damaged_one_is_judged_the_same(seed, kind):
     assert before is None or np.array_equal(before, after)
 
 
+def with_data(png, data):
+    """The PNG with other data in its one data chunk."""
+    start = png.index(b"IDAT") - 4
+    return png[:start] + chunk(b"IDAT", data) + png[-12:]
+
+
+def data_of(png):
+    start = png.index(b"IDAT") - 4
+    return png[start + 8 : start + 8 + int.from_bytes(png[start : start + 4], "big")]
+
+
+def small_window(png):
+    """Packed over the whole picture, but stating a window of 256 bytes."""
+    data = bytearray(data_of(png))
+    data[0], data[1] = 0x08, data[1] & 0xC0
+    data[1] += 31 - int.from_bytes(data[:2], "big") % 31  # RFC 1950: a multiple of 31
+    return with_data(png, bytes(data))
+
+
+def split_by_a_text(png):
+    data = data_of(png)
+    start = png.index(b"IDAT") - 4
+    parts = [chunk(b"IDAT", data[:50]), chunk(b"tEXt", b"a\0b"), chunk(b"IDAT", data[50:])]
+    return png[:start] + b"".join(parts) + png[-12:]
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -78,8 +105,36 @@ def test_a_damaged_one_is_judged_the_same(seed, kind):
         lambda png: png[:16] + struct.pack(">I", 57) + png[20:],  # wider than its data
         lambda png: png[:16] + struct.pack(">I", 55) + png[20:],
         lambda png: png[:25] + b"\7" + png[26:],  # no such colour type
+        lambda png: with_data(png, data_of(png) + b"more"),
+        lambda png: with_data(png, zlib.compress(bytes(30_000_000))),  # a bomb
+        small_window,
+        split_by_a_text,
+        lambda png: png[:-12] + chunk(b"IDAT", b"") * 5000 + png[-12:],
     ],
 )
 def test_what_is_odd_is_left_as_it_is(spoil):
     content = spoil(KINDS["grey"])
     assert with_stored_data(content) == content
+
+
+def test_a_bomb_is_not_unpacked():
+    bomb = with_data(KINDS["grey"], zlib.compress(bytes(200_000_000), 9))
+    tracemalloc.start()
+    with_stored_data(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", [(2100, 2100), (500, 500)])
+def test_what_would_not_gain_is_left_as_it_is(shape):
+    rng = np.random.default_rng(0)
+    large, noise = np.zeros((2100, 2100), np.uint8), rng.integers(0, 256, (500, 500), np.uint8)
+    content = encode(large if shape[0] > 2000 else noise, "PNG")
+    assert with_stored_data(content) == content
+
+
+def test_a_moving_picture_is_not_plain():
+    png = KINDS["grey"]
+    moving = png[:33] + chunk(b"acTL", struct.pack(">II", 2, 0)) + png[33:]
+    assert plain_size(png) == (56, 40)
+    assert plain_size(moving) is None
