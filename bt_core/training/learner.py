@@ -208,7 +208,8 @@ def check_finite(value: float, what: str, epoch: int, stage: TrainSpec) -> None:
         return
     clip = stage.gradient_clip_norm
     advice = "set train.gradient_clip_norm=1" if clip is None else f"gradient_clip_norm ({clip:g})"
-    fp16 = ", or set train.precision=fp32" if stage.precision in ("auto", "fp16") else ""
+    narrow = stage.precision == "fp16" or (stage.precision == "auto" and torch.cuda.is_available())
+    fp16 = ", or set train.precision=fp32" if narrow else ""
     raise DivergedError(
         f"training diverged: the {what} of epoch {epoch} is {value}; lower train.learning_rate "
         f"({stage.learning_rate:g}) or {advice}{fp16}; the checkpoint of the epoch before is kept"
