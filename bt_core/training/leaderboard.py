@@ -146,10 +146,10 @@ def noise_note(rows: Sequence[Row], spec: SweepSpec) -> str:
         if tied > 1
         else "the first differs from every other finished model by more than the noise"
     )
-    training = f"of training ({spec.folds} folds x {len(spec.seeds)} seeds)"
+    noise = f"of scans (by family) and of training ({spec.folds} folds x {len(spec.seeds)} seeds)"
     if len(spec.fits) == 1:
-        training = "not of training, which one training each does not show"
-    return f"{first} of scans (by family) and {training}; Holm-corrected, {ALPHA:g}"
+        noise = "of scans (by family); one training each does not show the noise of training"
+    return f"{first} {noise}; Holm-corrected, {ALPHA:g}"
 
 
 def short(value: Any, digits: int = 0) -> str:
