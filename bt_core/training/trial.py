@@ -14,7 +14,7 @@ from pydantic import Field
 from bt_core import __version__, storage
 from bt_core.config import StrictModel, parse
 from bt_core.data.catalog import Dataset
-from bt_core.errors import ConfigError, UsageError, WeightsError
+from bt_core.errors import ConfigError, RunError, UsageError, WeightsError
 from bt_core.log import logger
 from bt_core.models.classifier import build_classifier
 from bt_core.training.engine import SCORE, Predictions
@@ -102,7 +102,7 @@ def run_trial(
         scan_id, label, logits, fold, seed.
 
     Raises:
-        ConfigError, WeightsError, FloatingPointError, MemoryError: if it cannot be trained.
+        ConfigError, WeightsError, RunError: if it cannot be trained.
     """
     torch.set_num_threads(record.num_threads)
     started = time.perf_counter()
@@ -185,9 +185,9 @@ def _with_weights(
 def reason_of(error: BaseException) -> str:
     """Return why a trial failed, as one line that begins with a code."""
     text = " ".join(str(error).split())[:300]
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, RunError) and "diverged" in text:
         return f"not_finite: {text}"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+    if isinstance(error, MemoryError | RunError) and "memory" in text:
         return "out_of_memory: use a smaller batch or picture, or more memory per trial"
     if isinstance(error, ConfigError | WeightsError):
         return f"refused: {text}"
