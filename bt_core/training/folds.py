@@ -192,14 +192,8 @@ class FoldContext:
     def report(
         self, metrics: dict[str, Any], state: dict[str, Any], predictions: Predictions
     ) -> None:
-        """Keep the best epoch's predictions and pass the figures on.
-
-        Raises:
-            FloatingPointError: if the validation score is not a number.
-        """
+        """Keep the best epoch's predictions and pass the figures on."""
         score = float(metrics[SCORE])
-        if not math.isfinite(score):
-            raise FloatingPointError(f"the validation score of epoch {metrics['epoch']} is {score}")
         if score > self._best_score:
             self._best_score, self.best = score, predictions
         self._on_epoch(metrics)

@@ -187,7 +187,8 @@ def reason_of(error: BaseException) -> str:
     text = " ".join(str(error).split())[:300]
     if isinstance(error, RunError) and "diverged" in text:
         return f"not_finite: {text}"
-    if isinstance(error, MemoryError | RunError) and "memory" in text:
+    in_words = isinstance(error, RunError | RuntimeError) and "memory" in text
+    if in_words or isinstance(error, MemoryError):
         return "out_of_memory: use a smaller batch or picture, or more memory per trial"
     if isinstance(error, ConfigError | WeightsError):
         return f"refused: {text}"

@@ -13,7 +13,7 @@ from bt_core import storage
 from bt_core.config import parse
 from bt_core.data.catalog import Dataset, DatasetInfo
 from bt_core.data.splits import SplitPlan, assign_splits
-from bt_core.errors import ConfigError, DatasetError, UsageError, WeightsError
+from bt_core.errors import ConfigError, DatasetError, RunError, UsageError, WeightsError
 from bt_core.labels import LABEL_SPACES
 from bt_core.training.folds import fold_of_scans
 from bt_core.training.leaderboard import leaderboard, text_table, to_table
@@ -72,7 +72,7 @@ def test_each_choice_is_checked_against_each_recipe_before_anything_runs():
         )
     with pytest.raises(ConfigError, match="no recipe is like 'nonesuch"):
         candidates(spec_of(recipes=["nonesuch*"]), RECIPES, "four_class")
-    with pytest.raises(ConfigError, match="is a value"):
+    with pytest.raises(ConfigError, match="below a value"):
         candidates(spec_of(fixed={"name.first": 1}), RECIPES, "four_class")
 
 
@@ -302,8 +302,9 @@ def test_the_leaderboard_puts_finished_before_stopped_before_failed():
 
 
 def test_reasons_begin_with_a_code():
-    assert reason_of(FloatingPointError("the loss is nan")).startswith("not_finite: ")
+    assert reason_of(RunError("training diverged: nan")).startswith("not_finite: ")
     assert reason_of(MemoryError()).startswith("out_of_memory: ")
+    assert reason_of(RunError("a batch does not fit in the memory")).startswith("out_of_memory: ")
     assert reason_of(RuntimeError("DefaultCPUAllocator: can't allocate memory")).startswith("out_")
     assert reason_of(ConfigError("no")).startswith("refused: ")
     assert reason_of(KeyError("x")).startswith("error: KeyError")
