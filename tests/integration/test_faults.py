@@ -113,7 +113,7 @@ def wrong_uses(chain, tmp_path):
         "no such source": (["prepare", tmp_path / "nowhere", "-o", out], "does not exist"),
         "unknown class": (["prepare", strange, "-o", out], "metastasis"),
         "unknown key": ([*train, "--recipe", "cnn_small", "--set", "train.epoch=3"], "'epochs'"),
-        "unknown recipe": ([*train, "--recipe", "resnet"], "cnn_small, mobilenetv2"),
+        "unknown recipe": ([*train, "--recipe", "resnet"], "cnn_small, explained_baseline"),
         "unknown backbone": (
             [*train, "--recipe", "mobilenetv2", "--set", "model.backbone=mobilenetv9"],
             "mobilenetv9",
