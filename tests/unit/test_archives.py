@@ -157,9 +157,7 @@ def text_folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "advice"),
     [
-        pytest.param(
-            lambda path: path / "nowhere", "give a folder, an archive", id="missing"
-        ),
+        pytest.param(lambda path: path / "nowhere", "give a folder, an archive", id="missing"),
         pytest.param(empty_folder, "looked for PNG", id="empty folder"),
         pytest.param(text_folder, r"skipped: \{'not a scan': 1\}", id="folder of text"),
         pytest.param(
