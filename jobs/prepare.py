@@ -76,7 +76,11 @@ def run(
     refs, space = label_refs(listing.refs, task)
     decisions = copies.read_docket(resolve, space) if resolve else {}
     previous = Dataset(keep_splits).split_of_pixels() if keep_splits else None
-    _clear(out, overwrite)
+    _refuse_occupied(out, overwrite)
+    if not resolve and copies.has_decisions(storage.join(out, "docket.csv")):
+        raise UsageError(
+            f"{out}/docket.csv holds decisions; pass it with --resolve, or choose another -o"
+        )
     with session():
         catalog, pairs = survey(refs, FamilyStage(key))
         catalog = copies.add_families(catalog, pairs)
@@ -85,6 +89,7 @@ def run(
         conflicts = copies.find_conflicts(catalog, pairs)
         catalog = assign_splits(copies.leave_out_conflicts(catalog, conflicts), plan, previous)
         info = describe(catalog, storage.absolute(source), space, listing.skipped, plan)
+        _clear(out)  # not before all is known: what goes wrong earlier costs no dataset
         storage.write_table(storage.join(out, "catalog.parquet"), catalog)
         storage.write_bytes(storage.join(out, "docket.csv"), docket)
         storage.write_table(storage.join(out, "copies.parquet"), copies.pairs_table(catalog, pairs))
@@ -116,15 +121,22 @@ def _print_summary(info: "DatasetInfo") -> None:
         print(f"skipped    {count:>7} files  ({why})")
 
 
-def _clear(out: str, overwrite: bool) -> None:
-    """Make room for a new dataset, or refuse if there is one."""
-    marker, catalog = (storage.join(out, name) for name in ("dataset.json", "catalog.parquet"))
-    if storage.exists(marker):
+def _refuse_occupied(out: str, overwrite: bool) -> None:
+    """Refuse a folder that holds a dataset, unless it may be replaced, or foreign views."""
+    if storage.exists(storage.join(out, "dataset.json")):
         if not overwrite:
             raise UsageError(f"{out} holds a dataset; choose another -o, or pass --overwrite")
-        storage.remove_file(marker)
-    elif storage.exists(storage.join(out, "views")) and not storage.exists(catalog):
+    elif storage.exists(storage.join(out, "views")) and not storage.exists(
+        storage.join(out, "catalog.parquet")
+    ):
         raise UsageError(f"{out} holds a folder `views` that is not ours; choose another -o")
+
+
+def _clear(out: str) -> None:
+    """Make room for the new dataset."""
+    marker = storage.join(out, "dataset.json")
+    if storage.exists(marker):
+        storage.remove_file(marker)
     storage.remove_dir(storage.join(out, "views"))
 
 

@@ -115,6 +115,13 @@ def test_prepare_keeps_families_together_and_obeys_the_docket(audited, source, t
     assert all(after[member]["split"] == split for member, split in split_of.items() if split)
     kept = list(csv.DictReader((settled / "docket.csv").read_text().splitlines()))
     assert [row["decision"] for row in kept] == [row["decision"] for row in rows]
+    before = {path: path.read_bytes() for path in settled.rglob("*.parquet")}
+    again = ("prepare", source, "-o", settled, "--recipe", "cnn_small", "--overwrite")
+    assert bt(*again) == 2, "it would empty the docket"
+    docket.write_text("scan_id,decision\nnobody,drop\n")
+    assert bt(*again, "--resolve", docket) == 2
+    assert {path: path.read_bytes() for path in settled.rglob("*.parquet")} == before
+    assert (settled / "dataset.json").exists(), "what goes wrong costs no dataset"
 
 
 def test_the_given_split_is_kept_on_request_and_its_copies_are_counted(
