@@ -110,6 +110,19 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
     return wrapped
 
 
+def make_room(out: str, marker: str, what: str) -> None:
+    """Remove an output folder that is to be overwritten.
+
+    Raises:
+        UsageError: if it does not hold the file `marker`, and so is not `what` it should be.
+    """
+    if not storage.exists(out):
+        return
+    if not storage.exists(storage.join(out, marker)):
+        raise UsageError(f"{out} is not {what}, so it is not overwritten; choose another -o")
+    storage.remove_dir(out)
+
+
 def say_if_random(key_is_kept: bool, patients: "pa.ChunkedArray") -> None:
     """Say that the patients' hashes, if there are any, hold for this run only."""
     if not key_is_kept and any(patients.to_pylist()):

@@ -6,7 +6,7 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_OK, UsageError
-from jobs.command import DataOption, DeviceOption, OutOption, OverwriteOption
+from jobs.command import DataOption, DeviceOption, OutOption, OverwriteOption, make_room
 from jobs.recipes_folder import RECIPES
 
 
@@ -59,10 +59,8 @@ def run(
     dataset = Dataset(data)
     check_settings(loaded, dataset)
     out = storage.absolute(out or f"runs/{loaded.name}")
-    if overwrite and storage.exists(out):
-        if not storage.exists(storage.join(out, "started.json")):
-            raise UsageError(f"{out} is not a run, so it is not overwritten; choose another -o")
-        storage.remove_dir(out)
+    if overwrite:
+        make_room(out, "started.json", "a run")
     with session() as resources:
         chosen = choose_device(device, resources)
         scaling = plan_scaling(

@@ -6,7 +6,7 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_OK, UsageError
-from jobs.command import DataOption, OutOption, OverwriteOption
+from jobs.command import DataOption, OutOption, OverwriteOption, make_room
 from jobs.recipes_folder import RECIPES
 
 if TYPE_CHECKING:
@@ -87,10 +87,8 @@ def run(
 def _clear(out: str, overwrite: bool) -> None:
     if storage.exists(storage.join(out, "leaderboard.parquet")) and not overwrite:
         raise UsageError(f"{out} holds a finished sweep; choose another -o, or pass --overwrite")
-    if overwrite and storage.exists(out):
-        if not storage.exists(storage.join(out, _CLAIM)):
-            raise UsageError(f"{out} is not a sweep, so it is not overwritten; choose another -o")
-        storage.remove_dir(out)
+    if overwrite:
+        make_room(out, _CLAIM, "a sweep")
 
 
 def _claim(out: str, spec: "SweepSpec", dataset: "Dataset", recipes: list[dict[str, Any]]) -> None:

@@ -5,13 +5,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from bt_core.config import StrictModel
+from bt_core.config import OneOf, StrictModel
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 Init = Literal["default", "he", "glorot"]
 
 
-class LayerSpec(StrictModel):
+class LayerSpec(OneOf):
     """One layer of a head, as a mapping of one key: `dense: 128`, `dropout: 0.5`, ..."""
 
     dense: PositiveInt | None = None
@@ -19,14 +19,6 @@ class LayerSpec(StrictModel):
     activation: Activation | None = None
     dropout: float | None = Field(None, ge=0, lt=1)
     batch_norm: Literal[True] | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        stated = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(stated) != 1:
-            names = ", ".join(type(self).model_fields)
-            raise ValueError(f"a layer is exactly one of {names}; got {stated or 'none'}")
-        return self
 
 
 class HeadSpec(StrictModel):

@@ -39,8 +39,8 @@ def layer_table(model: nn.Module, image_CHW: tuple[int, int, int]) -> list[Layer
     rows: list[LayerRow] = []
     paths = {id(module): name for name, module in model.named_modules() if name}
     depths = range(max(name.count(".") for name in paths.values()), -1, -1)
-    depth = next((d for d in depths if len(_rows_at(model, d)) <= _MAX_ROWS), 0)
-    chosen = _rows_at(model, depth)
+    levels = (_rows_at(model, depth) for depth in depths)
+    chosen = next((rows for rows in levels if len(rows) <= _MAX_ROWS), _rows_at(model, 0))
 
     def note(module: nn.Module, _: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple | list) else output

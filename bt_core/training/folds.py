@@ -213,7 +213,7 @@ def train_fold(
 
     Raises:
         ConfigError, WeightsError: if the classifier cannot be built.
-        FloatingPointError: if the loss or the score is not a number.
+        RunError: if training diverges, or a batch does not fit in memory.
     """
     train = recipe.train
     torch.manual_seed(train.seed)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from bt_core import storage
-from bt_core.config import StrictModel, load_yaml, parse, with_values
+from bt_core.config import OneOf, StrictModel, load_yaml, parse, with_values
 from bt_core.errors import ConfigError
 from bt_core.scans.preprocess import PreprocessSpec
 from bt_core.training.engine import SCORE
@@ -23,7 +23,7 @@ MODES: Final[dict[str, Literal["max", "min"]]] = {
 """Whether more or less of a metric is better."""
 
 
-class Dimension(StrictModel):
+class Dimension(OneOf):
     """Values that one key of a recipe may take; exactly one field is given."""
 
     choice: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
@@ -36,11 +36,7 @@ class Dimension(StrictModel):
     """A whole number between two bounds, both included."""
 
     @model_validator(mode="after")
-    def _one(self) -> Self:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            names = ", ".join(type(self).model_fields)
-            raise ValueError(f"give exactly one of {names}; got {', '.join(given) or 'none'}")
+    def _rising(self) -> Self:
         bounds = self.uniform or self.log_uniform or self.int_range
         if bounds and bounds[0] >= bounds[1]:
             raise ValueError(f"bounds must rise, got {bounds}")
