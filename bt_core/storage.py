@@ -202,6 +202,12 @@ def is_dir(location: str) -> bool:
     return bool(filesystem_.get_file_info(path).type == fs.FileType.Directory)
 
 
+def is_file(location: str) -> bool:
+    """Return whether a file is there."""
+    filesystem_, path = filesystem(location)
+    return bool(filesystem_.get_file_info(path).type == fs.FileType.File)
+
+
 def list_files(location: str, suffix: str = "") -> list[str]:
     """Return the sorted relative paths of all files below a folder that end in `suffix`."""
     filesystem_, path = filesystem(location)

@@ -2,7 +2,14 @@
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
-from jobs.command import OutOption, OverwriteOption, SourceArgument, TaskOption, say_if_random
+from jobs.command import (
+    OutOption,
+    OverwriteOption,
+    SourceArgument,
+    TaskOption,
+    output_folder,
+    say_if_random,
+)
 
 
 def run(
@@ -14,12 +21,12 @@ def run(
     """Find exact, mirrored, rotated, re-encoded and resized copies; write audit.html and .json.
 
     docket.csv lists the label conflicts for a person to settle, copies.parquet the pairs. Exit code
-    3 says that some files could not be read.
+    3 says that some files could not be read, or that the source is cut short.
     """
     from bt_core.scans.archives import list_scans
     from bt_core.scans.identity import hash_key
 
-    out = storage.absolute(out)
+    out = output_folder(out, source)
     if storage.exists(storage.join(out, "audit.json")) and not overwrite:
         raise UsageError(f"{out} holds an audit; choose another -o, or pass --overwrite")
     key, key_is_kept = hash_key()
@@ -50,8 +57,12 @@ def run(
     storage.write_json(storage.join(out, "audit.json"), figures)
     print(audit.audit_text(figures))
     say_if_random(key_is_kept, catalog["patient"])
+    if conflicts:
+        docket = storage.join(out, "docket.csv")
+        print(f"fill in the column decision of {docket}, then bt prepare --resolve {docket}")
     print(f"audit in {storage.join(out, 'audit.html')}")
-    return EXIT_OK if figures["num_readable"] == figures["num_scans"] else EXIT_INCOMPLETE
+    is_whole = listing.is_whole and figures["num_readable"] == figures["num_scans"]
+    return EXIT_OK if is_whole else EXIT_INCOMPLETE
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -47,6 +48,10 @@ TaskOption = Annotated[
 _LOCATIONS: Final = frozenset({"source", "bundle", "out", "data", "runs", "resolve", "keep_splits"})
 """Parameters that hold paths, made absolute for a submitted job, whose folder is another."""
 
+_GOES_ON: Final = {
+    "train": ": it goes on from its last epoch",
+    "tune": ": it goes on from its last trial",
+}
 _SUBMIT = Annotated[
     str | None,
     typer.Option(
@@ -77,10 +82,7 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
         except typer.Exit:
             raise
         except KeyboardInterrupt:
-            _say(
-                "interrupted; give the same command again (bt train goes on from its last epoch, "
-                "bt tune from its last trial)"
-            )
+            _say("interrupted; give the same command again" + _GOES_ON.get(name, ""))
             code = EXIT_FAILED
         except BtError as error:
             if debug:
@@ -108,6 +110,25 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
     )
     wrapped.__annotations__ = {**run.__annotations__, "submit": _SUBMIT, "debug": _DEBUG}
     return wrapped
+
+
+def output_folder(out: str, source: str) -> str:
+    """Return the output folder as an absolute location.
+
+    Raises:
+        UsageError: if it is a file, or is or lies in the source, where results would be taken for
+            scans the next time.
+    """
+    out, source = storage.absolute(out), storage.absolute(source)
+    if not storage.is_uri(out) and not storage.is_uri(source):
+        below = f"{os.path.realpath(out)}/".startswith(f"{os.path.realpath(source).rstrip('/')}/")
+    else:
+        below = f"{out.rstrip('/')}/".startswith(f"{source.rstrip('/')}/")
+    if below:
+        raise UsageError(f"-o {out} is or lies in the source; choose a folder beside it")
+    if storage.is_file(out):
+        raise UsageError(f"-o {out} is a file; choose a folder")
+    return out
 
 
 def make_room(out: str, marker: str, what: str) -> None:

@@ -6,7 +6,7 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, RunError
-from jobs.command import OutOption, SourceArgument, TaskOption
+from jobs.command import OutOption, SourceArgument, TaskOption, output_folder
 from jobs.recipes_folder import RECIPES
 
 _NUM_SAMPLED: Final = 2_000
@@ -24,11 +24,13 @@ def run(
 ) -> int:
     """Describe the scans of a source: explore.html, explore.json and every figure as PNG.
 
-    Exit code 3 says that some scans could not be read; the page counts them by reason.
+    Exit code 3 says that some scans could not be read, which the page counts by reason, or that the
+    source is cut short.
     """
     from bt_core.scans.archives import list_scans
     from bt_core.scans.identity import hash_key
 
+    out = output_folder(out, source)
     key, _ = hash_key()
     listing = list_scans(source, key)  # a wrong path is answered before Ray is imported
     from bt_core.data.catalog import label_refs_if_known
@@ -43,7 +45,6 @@ def run(
     from cluster.session import session
 
     shown = load_recipe(recipe, RECIPES)
-    out = storage.absolute(out)
     earlier_files(out)
     refs, names = name_unlabelled(label_refs_if_known(listing.refs, task))
     with session():
@@ -61,7 +62,7 @@ def run(
     write_exploration(out, facts, figures(rows, facts, shown.name, shown.preprocess))
     _print_summary(facts)
     print(f"exploration in {storage.join(out, 'explore.html')}")
-    return EXIT_INCOMPLETE if facts["unreadable"] else EXIT_OK
+    return EXIT_INCOMPLETE if facts["unreadable"] or not listing.is_whole else EXIT_OK
 
 
 def _print_summary(facts: dict[str, Any]) -> None:

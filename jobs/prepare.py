@@ -6,7 +6,14 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
-from jobs.command import OutOption, OverwriteOption, SourceArgument, TaskOption, say_if_random
+from jobs.command import (
+    OutOption,
+    OverwriteOption,
+    SourceArgument,
+    TaskOption,
+    output_folder,
+    say_if_random,
+)
 from jobs.recipes_folder import RECIPES
 
 if TYPE_CHECKING:
@@ -50,7 +57,8 @@ def run(
 ) -> int:
     """Read a labelled archive; write catalog, copies, split by families, and shards.
 
-    Exit code 3 says that some files are in no split; the catalog holds them with their reasons.
+    Exit code 3 says that some files are in no split without a person's decision (the catalog holds
+    them with their reasons), or that the source is cut short.
     """
     from bt_core.scans.archives import list_scans
     from bt_core.scans.identity import hash_key
@@ -59,8 +67,12 @@ def run(
         raise UsageError(f"--split {split}: use family or given")
     if split == "given" and keep_splits:
         raise UsageError("--keep-splits has no effect on --split given; leave one of them out")
+    out = output_folder(out, source)
+    _refuse_occupied(out, overwrite)
     key, key_is_kept = hash_key()
     listing = list_scans(source, key)  # a wrong path is answered before Ray is imported
+    import pyarrow.compute as pc
+
     from bt_core.data import copies
     from bt_core.data.catalog import Dataset, describe, label_refs
     from bt_core.data.families import FamilyStage
@@ -72,11 +84,9 @@ def run(
 
     plan = SplitPlan(by=split, seed=seed)
     specs = [load_recipe(name, RECIPES).preprocess for name in recipe or ["mobilenetv2"]]
-    out = storage.absolute(out)
     refs, space = label_refs(listing.refs, task)
     decisions = copies.read_docket(resolve, space) if resolve else {}
     previous = Dataset(keep_splits).split_of_pixels() if keep_splits else None
-    _refuse_occupied(out, overwrite)
     if not resolve and copies.has_decisions(storage.join(out, "docket.csv")):
         raise UsageError(
             f"{out}/docket.csv holds decisions; pass it with --resolve, or choose another -o"
@@ -97,12 +107,17 @@ def run(
             ensure_view(Dataset(out, info), spec)
         storage.write_json(storage.join(out, "dataset.json"), info.model_dump(mode="json"))
     _print_summary(info)
+    if previous is not None:
+        usable = catalog.filter(pc.not_equal(catalog["split"], ""))["pixel_sha256"].to_pylist()
+        num_kept = sum(digest in previous for digest in usable)
+        print(f"kept       {num_kept:>7} scans of {keep_splits}; {len(usable) - num_kept} are new")
     say_if_random(key_is_kept, catalog["patient"])
     if conflicts:
         docket_at = storage.join(out, "docket.csv")
         print(f"label conflicts open: {len(conflicts)}; fill in {docket_at} and pass --resolve")
     print(f"dataset in {out}")
-    return EXIT_INCOMPLETE if info.num_left_out else EXIT_OK
+    undecided = info.num_left_out.keys() - {"dropped"}  # a person's word leaves nothing open
+    return EXIT_INCOMPLETE if undecided or not listing.is_whole else EXIT_OK
 
 
 def _print_summary(info: "DatasetInfo") -> None:

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, REASONS, UsageError
-from jobs.command import BundleArgument, DeviceOption, OutOption, OverwriteOption, SourceArgument
+from jobs.command import (
+    BundleArgument,
+    DeviceOption,
+    OutOption,
+    OverwriteOption,
+    SourceArgument,
+    output_folder,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,16 +29,19 @@ def run(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> int:
-    """Score every scan of an archive; exit code 3 says that some could not be scored."""
+    """Score every scan of an archive.
+
+    Exit code 3 says that some could not be scored, or that the archive is cut short.
+    """
     import pyarrow as pa
 
     from bt_core.data.catalog import ref_columns
     from bt_core.models.bundle import Bundle
     from bt_core.scans.archives import list_scans
 
+    out = output_folder(out, source)
     opened = Bundle(bundle)
     listing = list_scans(source)
-    out = storage.absolute(out)
     _clear(out, overwrite)
     started = datetime.now(UTC)
     scores = score_refs(opened, pa.table(ref_columns(listing.refs)), out, device)
@@ -59,8 +69,11 @@ def run(
     )
     for reason, count in sorted(reasons.items()):
         print(f"  {count} {reason}: {REASONS[reason]}")
+    for why, count in listing.skipped.items():
+        print(f"  skipped {count}: {why}")
     print(f"scores in {out}")
-    return EXIT_INCOMPLETE if counts["rejected"] + counts["failed"] else EXIT_OK
+    is_whole = listing.is_whole and not counts["rejected"] + counts["failed"]
+    return EXIT_OK if is_whole else EXIT_INCOMPLETE
 
 
 def score_refs(bundle: "Bundle", refs: "pa.Table", out: str, device: str) -> "pa.Table":

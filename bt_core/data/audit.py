@@ -13,6 +13,7 @@ from bt_core.data.copies import pictures_of
 from bt_core.data.families import Pairs
 from bt_core.data.page import render
 from bt_core.data.thumbnails import TRANSFORMS, transformed
+from bt_core.errors import REASONS
 from bt_core.scans.decoded import BURNED_IN
 from bt_core.scans.preprocess import PreprocessSpec
 
@@ -52,6 +53,7 @@ def audit_figures(
             if row["reason"]
         ],
         "skipped": skipped,
+        "num_without_class": sum(not columns["label"][row] for row in usable),
         "exact_copies": {
             "num_pictures": sum(len(rows) > 1 for rows in pictures),
             "num_scans": sum(len(rows) for rows in pictures if len(rows) > 1),
@@ -147,12 +149,24 @@ def audit_text(figures: dict[str, Any]) -> str:
     if figures["across_splits"] is None:
         lines.append("across the given splits: the source has no Training and Testing folders")
     lines.append(f"label conflicts: {len(figures['label_conflicts'])}")
+    if figures["num_without_class"]:
+        lines.append(
+            f"  {figures['num_without_class']} scans stand under no known class, so a conflict of "
+            "theirs is not seen"
+        )
     return "\n".join(lines)
 
 
 def audit_page(figures: dict[str, Any], source: str, shown: list[dict[str, Any]]) -> bytes:
     """Return the page, self-contained HTML; `shown` is what `draw_pairs` gives."""
-    return render("bt_core.data", "audit.html.j2", figures=figures, source=source, shown=shown)
+    return render(
+        "bt_core.data",
+        "audit.html.j2",
+        figures=figures,
+        source=source,
+        shown=shown,
+        reasons=REASONS,
+    )
 
 
 def choose_pairs(

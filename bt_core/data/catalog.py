@@ -159,9 +159,10 @@ def label_refs(refs: list[ScanRef], task: str | None) -> tuple[pa.Table, LabelSp
         if c is None
     )
     if unknown:
-        listed = ", ".join(f"{name} ({count} files)" for name, count in unknown.most_common(10))
+        listed = ", ".join(f"{name} ({count}x)" for name, count in unknown.most_common(10))
         raise SourceError(
-            f"unknown {listed}; known names are: {known_folder_names()}. Rename or remove these"
+            f"unknown {listed}; known names are: {known_folder_names()}. Rename or remove these, "
+            "or give a list (CSV, Parquet) with the columns path and label"
         )
     labels, space = _labels(classes, task)
     if "" in labels:

@@ -15,7 +15,7 @@ from pyarrow import fs
 from bt_core import storage
 from bt_core.errors import ScanError, SourceError
 from bt_core.scans.limits import Limits, limits
-from bt_core.scans.members import Lister, ScanRef, check_bytes
+from bt_core.scans.members import UNREADABLE_FOLDER, Lister, ScanRef, check_bytes
 
 _PLAIN: Final = -1
 _ESCAPED: Final = -2
@@ -87,7 +87,7 @@ def _walk(root: str, lister: Lister) -> Iterator[str]:
         except OSError:
             if not folder:
                 raise
-            lister.skipped["folder that cannot be read"] += 1
+            lister.skipped[UNREADABLE_FOLDER] += 1
             continue
         for entry in entries:
             name = f"{folder}{entry.name}"

@@ -23,6 +23,8 @@ GZIP_MAGIC: Final = b"\x1f\x8b"
 ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 OTHER_ARCHIVE_MAGIC: Final = (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"\xfd7zXZ\x00", b"BZh9")
 TAR_BLOCK: Final = 512
+CUT: Final = "rest of an archive that is cut or damaged"
+UNREADABLE_FOLDER: Final = "folder that cannot be read"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Listing:
 
     refs: list[ScanRef]
     skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no scan can be missing: a cut archive or a closed folder may have held more."""
+        return not {CUT, UNREADABLE_FOLDER} & self.skipped.keys()
 
 
 class Lister:
@@ -113,14 +120,14 @@ class Lister:
         self._seen[name] += 1
         return digest.hexdigest()[:20]
 
-    def listing(self) -> Listing:
-        """Return what was collected; raises SourceError if there is no scan."""
+    def listing(self, source: str) -> Listing:
+        """Return what was collected of a source; raises SourceError if there is no scan."""
         if self.refs:
             return Listing(self.refs, dict(self.skipped))
-        also = f" (skipped: {dict(self.skipped)})" if self.skipped else ""
+        why = ", ".join(f"{count} {why}" for why, count in self.skipped.items())
         raise SourceError(
-            f"{storage.redact(self.uri)} holds no scans{also}; looked for PNG, JPEG, BMP, TIFF, "
-            "WebP, DICOM and NIfTI files"
+            f"{storage.redact(source)} holds no scans{f' (skipped: {why})' if why else ''}; looked "
+            "for PNG, JPEG, BMP, TIFF, WebP, DICOM and NIfTI files"
         )
 
 

@@ -1,7 +1,8 @@
 """Lists of scans: a CSV, TSV or Parquet table with one row per scan.
 
-The columns are `path` (or file, uri, filename) and, if wanted, `label`, `split` and `patient`.
-Relative paths start at the list's folder.
+The columns are a path and, if wanted, label, split and patient, under the names in `_COLUMNS`. The
+others are named to the user: one that holds patients under another name would go unused. Relative
+paths start at the list's folder.
 """
 
 import csv
@@ -15,13 +16,18 @@ import pyarrow.parquet as pq
 
 from bt_core import storage
 from bt_core.errors import SourceError, UsageError
+from bt_core.log import logger
 from bt_core.scans.identity import patient_hash
 from bt_core.scans.limits import Limits
 from bt_core.scans.members import Lister, ScanRef
 
 SUFFIXES: Final = (".csv", ".tsv", ".parquet")
-_PATH_COLUMNS: Final = ("path", "file", "uri", "filename")
-_OTHER_COLUMNS: Final = ("label", "split", "patient")
+_COLUMNS: Final = {
+    "path": ("path", "file", "uri", "filename"),
+    "label": ("label", "class"),
+    "split": ("split",),
+    "patient": ("patient", "patient_id", "patientid", "subject", "subject_id", "subjectid"),
+}
 _MAX_LIST_BYTES: Final = 512 * 1024**2
 
 
@@ -75,7 +81,7 @@ def _rows(source: str, given: Limits) -> list[tuple[str, ...]]:
         if len(content) > _MAX_LIST_BYTES:
             raise SourceError(f"{shown} is over {_MAX_LIST_BYTES} bytes, too long for a list")
         is_parquet = source.lower().endswith(".parquet")
-        columns = _parquet(content, given) if is_parquet else _text(content, source)
+        columns = _parquet(content, given, shown) if is_parquet else _text(content, shown)
     except SourceError:
         raise
     except Exception as error:  # of the store, csv and Arrow, which may quote a patient's row
@@ -83,26 +89,44 @@ def _rows(source: str, given: Limits) -> list[tuple[str, ...]]:
             f"{shown} is not a readable list ({type(error).__name__}); save it as CSV in UTF-8 or "
             "as Parquet"
         ) from None
-    found = next((columns[name] for name in _PATH_COLUMNS if name in columns), None)
-    if found is None:
+    blank = [""] * len(columns["path"])
+    return list(zip(*(columns.get(role, blank) for role in _COLUMNS), strict=True))
+
+
+def _roles(names: list[str], shown: str) -> dict[str, int]:
+    """Return where the columns are that are used, and say which are not.
+
+    Raises:
+        SourceError: if none holds paths.
+    """
+    keys = [name.strip().lower().replace(" ", "_") for name in names]
+    found = {
+        role: keys.index(next(name for name in known if name in keys))
+        for role, known in _COLUMNS.items()
+        if set(known) & set(keys)
+    }
+    if "path" not in found:
         raise SourceError(
-            f"{shown} has no column of paths; name it path, file, uri or filename (further columns "
-            f"that are used: {', '.join(_OTHER_COLUMNS)})"
+            f"{shown} has no column of paths; name it {', '.join(_COLUMNS['path'])} (further "
+            f"columns that are used: label, split, patient)"
         )
-    blank = [""] * len(found)
-    others = (columns.get(name, blank) for name in _OTHER_COLUMNS)
-    return list(zip(found, *others, strict=True))
+    unused = [name for i, name in enumerate(names) if i not in found.values()]
+    if unused:
+        logger.warning(
+            "columns of the list that are not used: %s (used: %s)",
+            ", ".join(unused[:10]),
+            ", ".join(f"{names[i]} as {role}" for role, i in found.items()),
+        )
+    return found
 
 
-def _text(content: bytes, source: str) -> dict[str, list[str]]:
-    separator = "\t" if source.lower().endswith(".tsv") else ","
+def _text(content: bytes, shown: str) -> dict[str, list[str]]:
+    separator = "\t" if shown.lower().endswith(".tsv") else ","
     names, *rows = csv_rows(content.decode("utf-8-sig"), separator)
     rows = [row for row in rows if row]
-    keys = [name.strip().lower() for name in names]
     return {
-        key: [row[i] if i < len(row) else "" for row in rows]
-        for i, key in enumerate(keys)
-        if key in (*_PATH_COLUMNS, *_OTHER_COLUMNS)
+        role: [row[i] if i < len(row) else "" for row in rows]
+        for role, i in _roles(names, shown).items()
     }
 
 
@@ -121,20 +145,17 @@ def csv_rows(text: str, separator: str = ",") -> list[list[str]]:
     return list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
 
 
-def _parquet(content: bytes, given: Limits) -> dict[str, list[str]]:
+def _parquet(content: bytes, given: Limits, shown: str) -> dict[str, list[str]]:
     file = pq.ParquetFile(pa.BufferReader(content))
     if file.metadata.num_rows > given.max_members:
         raise SourceError(
             f"the list has {file.metadata.num_rows} rows, over the limit of {given.max_members}; "
             "set BT_MAX_MEMBERS to raise it"
         )
-    wanted = {
-        name: name.strip().lower()
-        for name in file.schema_arrow.names
-        if name.strip().lower() in (*_PATH_COLUMNS, *_OTHER_COLUMNS)
-    }
-    table = file.read(columns=list(wanted))
-    return {key: _strings(table[name]) for name, key in wanted.items()}
+    names = file.schema_arrow.names
+    wanted = {role: names[i] for role, i in _roles(names, shown).items()}
+    table = file.read(columns=list(wanted.values()))
+    return {role: _strings(table[name]) for role, name in wanted.items()}
 
 
 def _strings(column: Any) -> list[str]:

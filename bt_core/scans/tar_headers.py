@@ -77,6 +77,8 @@ def read_header(file: Bytes, start: int) -> TarMember | None:
     position, name, pax = start, "", dict[str, bytes]()
     for _ in range(_MAX_EXTENSIONS):
         block = file.read(TAR_BLOCK)
+        if len(block) < TAR_BLOCK:
+            raise TarDamage("the archive ends without its end mark, so members may be missing")
         if not block.strip(b"\0"):
             return None
         header = _parse(block)

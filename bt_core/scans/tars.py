@@ -19,6 +19,7 @@ from bt_core import storage
 from bt_core.errors import ScanError, SourceError
 from bt_core.scans.limits import SMALL_BYTES, Limits, limits
 from bt_core.scans.members import (
+    CUT,
     GZIP_MAGIC,
     Lister,
     ScanRef,
@@ -33,7 +34,6 @@ _CHUNK_BYTES: Final = 1024**2
 _STREAM_BUFFER_BYTES: Final = 8 * 1024**2
 DAMAGE: Final = (TarDamage, EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 """What a damaged archive makes its unpacker or the reading of headers raise."""
-_CUT: Final = "the rest of an archive that is cut or damaged"
 _CHANGED: Final = "the archive has changed since it was listed"
 
 
@@ -67,7 +67,7 @@ class TarSource:
                 check_total(self._uri, total, given)
                 start = member.end
         except TarDamage:
-            lister.skipped[_CUT] += 1
+            lister.skipped[CUT] += 1
         return lister
 
     def read(self, ref: ScanRef) -> bytes:
@@ -122,7 +122,7 @@ class StreamedTar:
                     stream.seek(start)
                 stream.skip_rest()
             except DAMAGE:
-                lister.skipped[_CUT] += 1
+                lister.skipped[CUT] += 1
         return lister
 
     def members(self) -> Iterator[tuple[ScanRef, bytes | ScanError]]:

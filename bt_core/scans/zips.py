@@ -52,8 +52,8 @@ class ZipSource:
             raise
         except Exception as error:  # a damaged directory makes zipfile raise many types
             raise SourceError(
-                f"{storage.redact(uri)} is not a readable zip archive; repack it as zip "
-                f"({type(error).__name__})"
+                f"{storage.redact(uri)} is not a readable zip archive ({type(error).__name__}); it "
+                "may be cut short: copy it again, or repack it"
             ) from error
         self._infos = self._zip.infolist()
 

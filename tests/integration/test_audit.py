@@ -90,7 +90,7 @@ def test_an_audit_does_not_overwrite_a_docket_in_silence(audited, source, capfd)
     assert "--overwrite" in capfd.readouterr().err
 
 
-def test_prepare_keeps_families_together_and_obeys_the_docket(audited, source, tmp_path):
+def test_prepare_keeps_families_together_and_obeys_the_docket(audited, source, tmp_path, capfd):
     data = tmp_path / "data"
     assert bt("prepare", source, "-o", data, "--recipe", "cnn_small") == 3
     catalog = pq.read_table(data / "catalog.parquet").to_pylist()
@@ -109,6 +109,7 @@ def test_prepare_keeps_families_together_and_obeys_the_docket(audited, source, t
     settled = tmp_path / "settled"
     words = ("--recipe", "cnn_small", "--resolve", docket, "--keep-splits", data)
     assert bt("prepare", source, "-o", settled, *words) == 3
+    assert f"56 scans of {data}; 2 are new" in capfd.readouterr().out
     after = {row["member"]: row for row in pq.read_table(settled / "catalog.parquet").to_pylist()}
     assert {m for m, row in after.items() if row["reason"]} == {"Training/glioma/broken.png"}
     assert after["Training/glioma/doubted.png"]["label"] == "pituitary"

@@ -146,6 +146,12 @@ def wrong_uses(chain, tmp_path):
             ["prepare", chain.archive, "-o", out, "--split", "given", "--keep-splits", chain.data],
             "no effect",
         ),
+        "empty source": (["audit", "", "-o", out], "SOURCE is empty"),
+        "output in the source": (
+            ["explore", missing, "-o", missing / "out"],
+            "is or lies in the source",
+        ),
+        "output is a file": (["prepare", chain.archive, "-o", empty], "is a file"),
         "no such task": (["audit", chain.archive, "-o", out, "--task", "three"], "or binary"),
         "no docket": (["prepare", chain.archive, "-o", out, "--resolve", empty], "no column"),
         "wrong task": ([*train, "--recipe", "cnn_small", "--set", "task=binary"], "four_class"),

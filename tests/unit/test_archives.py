@@ -141,7 +141,7 @@ def test_a_tiny_file_is_a_source(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("name", ["scans.zip", "scans.tar", "scans.tar.gz", "scans.7z"])
 def test_an_archive_of_another_kind_says_to_repack(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"not a zip")
-    with pytest.raises(SourceError, match=rf"{name}.*repack it as zip"):
+    with pytest.raises(SourceError, match=rf"{name}.*repack it"):
         list_scans(str(tmp_path / name))
 
 
@@ -159,15 +159,15 @@ def text_folder(tmp_path: Path) -> Path:
     [
         pytest.param(lambda path: path / "nowhere", "give a folder, an archive", id="missing"),
         pytest.param(empty_folder, "looked for PNG", id="empty folder"),
-        pytest.param(text_folder, r"skipped: \{'not a scan': 1\}", id="folder of text"),
+        pytest.param(text_folder, "skipped: 1 not a scan", id="folder of text"),
         pytest.param(
             lambda path: make_zip(path / "scans.zip", []),
-            "looked for PNG|repack it as zip",
+            "looked for PNG|repack it",
             id="empty zip",
         ),
         pytest.param(
             lambda path: make_zip(path / "scans.zip", [("a.txt", b"x")]),
-            r"skipped: \{'not a scan': 1\}",
+            "skipped: 1 not a scan",
             id="zip of text",
         ),
     ],

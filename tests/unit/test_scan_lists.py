@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import logging
 import os
 import subprocess
 import sys
@@ -59,6 +60,25 @@ def test_a_list_gives_paths_labels_splits_and_hashed_patients(
     assert table["label"].to_pylist() == ["glioma", "glioma", "no_tumor"]
     assert table["given_split"].to_pylist() == ["train", "test", ""]
     assert table["patient"].to_pylist() == [digest, digest, ""]
+
+
+@pytest.mark.parametrize("column", ["patient_id", "PatientID", "Patient ID", "SubjectId"])
+@pytest.mark.parametrize("name", ["l.csv", "l.parquet"])
+def test_the_column_of_patients_has_several_names(folder: Path, name: str, column: str) -> None:
+    columns = {"path": ROWS["path"], column: ROWS["patient"]}
+    refs = list_scans(write_list(folder / name, columns), KEY).refs
+    assert refs[0].patient == refs[1].patient != ""
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.parquet"])
+def test_columns_that_are_not_used_are_named(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(logging.getLogger("bt"), "propagate", True)
+    columns = {"File": ROWS["path"], "pat": ROWS["patient"], "age": ROWS["age"]}
+    list_scans(write_list(folder / name, columns), KEY)
+    assert "not used: pat, age (used: File as path)" in caplog.text
+    assert "Doe" not in caplog.text
 
 
 def test_patients_are_left_out_without_a_key(folder: Path) -> None:
@@ -138,7 +158,7 @@ def test_a_folder_with_a_list_stays_a_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("l.csv", b"image,label\na.png,glioma\n", "name it path, file, uri or filename"),
+        ("l.csv", b"image,label\na.png,glioma\n", "name it path, file, uri, filename"),
         ("l.csv", b"", "not a readable list"),
         ("l.csv", b"path\n\xff\xfe.png\n", "save it as CSV in UTF-8"),
         ("l.csv", b'path\n"Doe^Jane\n', "not a readable list"),

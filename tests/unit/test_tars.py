@@ -195,7 +195,7 @@ def test_a_bad_header_ends_the_archive_and_is_counted(
     source = write(tmp_path / f"s.{kind}", PACK[kind](tar))
     listing = list_scans(source)
     assert [read_member(ref) for ref in listing.refs] == [b"first"]
-    assert listing.skipped == {"the rest of an archive that is cut or damaged": 1}
+    assert listing.skipped == {"rest of an archive that is cut or damaged": 1}
 
 
 def test_a_long_pax_header_of_digits_is_refused_at_once() -> None:
@@ -217,7 +217,16 @@ def test_a_cut_archive_keeps_its_good_members(tmp_path: Path, kind: str) -> None
     good, bad = listing.refs
     assert read_member(good) == b"first"
     assert refusal(bad).reason == "member_corrupt"
-    assert list(listing.skipped) == ["the rest of an archive that is cut or damaged"]
+    assert list(listing.skipped) == ["rest of an archive that is cut or damaged"]
+
+
+@KINDS
+def test_an_archive_cut_between_members_is_not_whole(tmp_path: Path, kind: str) -> None:
+    tar = tar_bytes([("a.png", b"first"), ("b.png", b"second")])
+    listing = list_scans(write(tmp_path / f"s.{kind}", PACK[kind](tar[:1024])))
+    assert [ref.member for ref in listing.refs] == ["a.png"]
+    assert not listing.is_whole
+    assert list_scans(write(tmp_path / f"whole.{kind}", PACK[kind](tar))).is_whole
 
 
 def test_a_tar_that_changed_is_an_io_error(tmp_path: Path) -> None:
