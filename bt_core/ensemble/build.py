@@ -100,7 +100,7 @@ def _provenance(runs: Sequence[Run]) -> dict[str, Any]:
                 "recipe": run.info.recipe["name"],
                 "recipe_digest": run.info.recipe_digest,
                 "initial_weights": _weights_name(run),
-                "best_epoch": run.info.best_epoch,
+                "kept_epoch": run.info.kept_epoch,
                 "num_parameters": run.info.num_parameters,
                 "environment": run.info.environment,
                 "metrics": run.info.metrics,

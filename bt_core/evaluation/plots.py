@@ -32,7 +32,7 @@ def confusion_matrix_png(matrix_KK: Sequence[Sequence[int]], names: Sequence[str
 def training_curves_png(history: Sequence[dict[str, Any]]) -> bytes:
     """Draw loss, validation log loss, accuracy and macro F1 against the epoch.
 
-    Dotted lines are borders of stages, the dashed one is the best epoch, whose weights are kept.
+    Dotted lines are borders of stages, the dashed one is the epoch whose weights are kept.
     """
     epochs = [figures["epoch"] for figures in history]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -60,11 +60,11 @@ def training_curves_png(history: Sequence[dict[str, Any]]) -> bytes:
         for earlier, later in itertools.pairwise(history)
         if later["stage"] != earlier["stage"]
     ]
-    best = max(history, key=lambda f: float(f["val_score"]))["epoch"]
+    kept = max(history, key=lambda f: float(f["kept_by"]))["epoch"]
     for axes in (left, right):
         for border in borders:
             axes.axvline(border, color="grey", linestyle=":")
-        axes.axvline(best, color="grey", linestyle="--", linewidth=1, label=f"best epoch: {best}")
+        axes.axvline(kept, color="grey", linestyle="--", linewidth=1, label=f"kept epoch: {kept}")
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.legend()

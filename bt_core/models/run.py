@@ -5,9 +5,9 @@
     run.json             RunInfo; written last, so its presence means that the run is finished
     recipe.json          every setting, as resolved
     history.jsonl        one line per epoch
-    validation.parquet   scan_id, label, logits of every validation scan at the best epoch
+    validation.parquet   scan_id, label, logits of every validation scan at the kept epoch
     training_scans.parquet  pixel digests of the scans that were trained on
-    model.safetensors    weights of the best epoch
+    model.safetensors    weights of the kept epoch
     started.json, checkpoints/   for resuming; not needed afterwards
 """
 
@@ -40,9 +40,9 @@ class RunInfo(StrictModel):
     dataset: str
     """Location of the dataset."""
     dataset_digest: str
-    best_epoch: int
+    kept_epoch: int
     metrics: dict[str, float]
-    """Validation figures of the best epoch."""
+    """Validation figures of the kept epoch."""
     num_parameters: int
     num_workers: int
     device: str
@@ -71,7 +71,7 @@ class Run:
             raise UsageError(f"{where} cannot be understood: {error}") from error
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the weights of the best epoch."""
+        """Return the weights of the kept epoch."""
         content = storage.read_bytes(storage.join(self.location, "model.safetensors"))
         return safetensors.torch.load(content)
 

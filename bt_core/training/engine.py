@@ -22,6 +22,8 @@ from bt_core.training.spec import TrainSpec
 SCORE = "val_score"
 """Picks the best epoch: validation macro F1 minus a hundredth of the log loss, so that of equal F1
 values the one with the better probabilities wins."""
+KEPT = "kept_by"
+"""Figure of which the epoch with the largest value is kept: its score, or its number."""
 
 
 class Batch(TypedDict):
@@ -122,7 +124,7 @@ def fit(
             figures["stage"] = number
             own.append(figures)
             history.append(figures)
-            is_best = figures[SCORE] == max(f[SCORE] for f in own)
+            is_best = figures[KEPT] == max(f[KEPT] for f in own)
             if number < len(plan) and is_best:  # the next stage begins with these
                 best = {k: v.clone() for k, v in learner.validated.state_dict().items()}
             kept = {"history": history} | ({"best": best} if best is not None else {})
@@ -192,6 +194,7 @@ def _epoch(
     predictions = context.gather(_validate(context, learner.validated, preprocessor))
     figures = {"epoch": epoch, **trained, **validation_figures(predictions)}
     check_finite(figures["val_log_loss"], "validation log loss", epoch, stage)
+    figures[KEPT] = figures[SCORE] if stage.keep == "best" else float(epoch)
     learner.end_epoch(figures[SCORE])
     figures["epoch_seconds"] = round(time.perf_counter() - started, 2)
     return figures, predictions

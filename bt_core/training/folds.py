@@ -20,7 +20,7 @@ from bt_core.data.splits import SPLITS, grouped_folds
 from bt_core.errors import DatasetError
 from bt_core.models.classifier import Classifier, build_classifier
 from bt_core.models.inputs import Preprocessor
-from bt_core.training.engine import SCORE, Batch, Predictions, fit, worker_batch_size
+from bt_core.training.engine import KEPT, Batch, Predictions, fit, worker_batch_size
 from bt_core.training.recipe import Recipe
 
 _NO_FOLD = -1
@@ -135,8 +135,8 @@ class FoldContext:
         on_epoch: Callable[[dict[str, Any]], None],
     ) -> None:
         self.device = device
-        self.best = Predictions()
-        self._best_score = -math.inf
+        self.kept = Predictions()
+        self._kept_by = -math.inf
         self._rows, self._seed, self._on_epoch = rows, seed, on_epoch
         self._train_N = np.flatnonzero(rows.fold_N != fold)
         self._validation_N = np.flatnonzero(rows.fold_N == fold)
@@ -192,10 +192,9 @@ class FoldContext:
     def report(
         self, metrics: dict[str, Any], state: dict[str, Any], predictions: Predictions
     ) -> None:
-        """Keep the best epoch's predictions and pass the figures on."""
-        score = float(metrics[SCORE])
-        if score > self._best_score:
-            self._best_score, self.best = score, predictions
+        """Hold the predictions of the epoch to be kept, and pass the figures on."""
+        if metrics[KEPT] > self._kept_by:
+            self._kept_by, self.kept = metrics[KEPT], predictions
         self._on_epoch(metrics)
 
 
@@ -209,7 +208,7 @@ def train_fold(
     """Train a recipe, with its own seed, on all folds but one; all randomness is seeded.
 
     Returns:
-        The validation predictions of the epoch with the best score.
+        The validation predictions of the epoch that is kept.
 
     Raises:
         ConfigError, WeightsError: if the classifier cannot be built.
@@ -220,4 +219,4 @@ def train_fold(
     model, _, preprocess = build_classifier(recipe.model, recipe.preprocess, rows.num_classes)
     context = FoldContext(rows, fold, train.batch_size, train.seed, device, on_epoch)
     fit(context, model, recipe, Preprocessor(preprocess), context.class_counts)
-    return context.best
+    return context.kept

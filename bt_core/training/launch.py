@@ -27,7 +27,7 @@ from bt_core.log import logger
 from bt_core.models.classifier import build_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.run import HISTORY_FILE, Run, RunInfo, read_history
-from bt_core.training.engine import SCORE, progress_line
+from bt_core.training.engine import KEPT, progress_line
 from bt_core.training.recipe import Recipe
 from bt_core.training.stages import check_stages
 from bt_core.training.tracking import Tracker
@@ -125,7 +125,7 @@ def train(
         raise RunError(f"training failed: {_root_cause(error)}") from error
     if result.return_value:
         raise RunError(result.return_value)
-    checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: float(pair[1][SCORE]))
+    checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: float(pair[1][KEPT]))
     seconds = time.perf_counter() - started
     return _finish(location, recipe, dataset, scaling, (checkpoint, metrics), seconds)
 
@@ -178,7 +178,7 @@ def _trainer(
                 controller_failure_limit=MAX_FAILURES,
                 max_preemption_failures=MAX_PREEMPTIONS,
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=KEPT),
         ),
     )
 
@@ -264,7 +264,7 @@ def _finish(
         golden_digest=Preprocessor(preprocess).golden_digest,
         dataset=dataset.location,
         dataset_digest=dataset.info.digest,
-        best_epoch=int(metrics["epoch"]),
+        kept_epoch=int(metrics["epoch"]),
         metrics={k: float(v) for k, v in metrics.items() if k.startswith("val_")},
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_workers=scaling.num_workers,

@@ -8,12 +8,13 @@ import pyarrow as pa
 import yaml
 
 from bt_core.training.engine import SCORE
-from bt_core.training.noise import ALPHA, Counts, count, ranks
+from bt_core.training.noise import ALPHA, Counts, count, family_accuracy, ranks
 from bt_core.training.sweep import MODES, SweepSpec
 from bt_core.training.trial import TrialRecord
 
 Row = dict[str, Any]
 _FIGURES: Final = (SCORE, "val_accuracy", "val_macro_f1", "val_log_loss")
+_BY_FAMILY: Final = ("family_accuracy", "family_accuracy_low", "family_accuracy_high")
 _ORDER: Final = {"finished": 0, "stopped": 1, "running": 2, "failed": 3}
 
 
@@ -39,15 +40,17 @@ def leaderboard(
     rows = [_row(record, spec) for record in records]
     finished = [record for record in records if record.status == "finished"]
     if finished:
-        scores_MJ = np.array([[one.best()[spec.metric] for one in r.fits] for r in finished])
+        scores_MJ = np.array([[one.kept()[spec.metric] for one in r.fits] for r in finished])
         counts = _counts([predictions[record.trial_id] for record in finished], group_of)
         found, p_values = ranks(counts, scores_MJ, spec.metric, spec.folds, sign > 0)
         by_id = {row["trial_id"]: row for row in rows}
-        for record, rank, p, scores in zip(finished, found, p_values, scores_MJ, strict=True):
+        judged = zip(finished, found, p_values, scores_MJ, counts, strict=True)
+        for record, rank, p, scores, own in judged:
             spread = float(scores.std(ddof=1)) if len(scores) > 1 else None
             by_id[record.trial_id].update(
                 rank=rank, tied=p >= ALPHA, p_against_leader=p, spread=spread
             )
+            by_id[record.trial_id] |= zip(_BY_FAMILY, family_accuracy(own), strict=True)
 
     def place_of(row: Row) -> tuple[Any, ...]:
         score = row["score"]
@@ -79,6 +82,7 @@ def _row(record: TrialRecord, spec: SweepSpec) -> Row:
         "spread": None,
         "p_against_leader": None,
         **{name: record.mean(name) for name in _FIGURES},
+        **dict.fromkeys(_BY_FAMILY),
         "status": record.status,
         "reason": record.reason,
         "initial_weights": str(record.recipe.get("model", {}).get("weights", "")).split(":")[0],
@@ -109,7 +113,8 @@ def to_table(rows: Sequence[Row], space: Sequence[str]) -> pa.Table:
 
 def text_table(rows: Sequence[Row], spec: SweepSpec) -> str:
     """Return the leaderboard as lines for a terminal; `=` marks models tied with the leader."""
-    head = ["rank", "trial", "recipe", *spec.space, spec.metric, "spread", "epochs", "outcome"]
+    head = ["rank", "trial", "recipe", *spec.space, spec.metric, "spread", "one per family"]
+    head += ["epochs", "outcome"]
     body = [
         [
             f"{'=' if row['tied'] and not alone(rows) else ''}{row['rank'] or '-'}",
@@ -118,6 +123,7 @@ def text_table(rows: Sequence[Row], spec: SweepSpec) -> str:
             *(short(row[key]) for key in spec.space),
             short(row["score"], 4),
             short(row["spread"], 4),
+            by_family(row),
             str(row["num_epochs"]),
             "; ".join(part for part in (row["status"], row["reason"], row["notes"]) if part),
         ]
@@ -150,6 +156,12 @@ def noise_note(rows: Sequence[Row], spec: SweepSpec) -> str:
     if len(spec.fits) == 1:
         noise = "of scans (by family); one training each does not show the noise of training"
     return f"{first} {noise}; Holm-corrected, {ALPHA:g}"
+
+
+def by_family(row: Row) -> str:
+    """Return the accuracy over one scan per family with its interval, or a dash."""
+    accuracy, low, high = (row[name] for name in _BY_FAMILY)
+    return "-" if accuracy is None else f"{accuracy:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def short(value: Any, digits: int = 0) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 from scipy.stats import t as student
 
 ALPHA: Final = 0.05
+_NUM_DRAWS: Final = 2_000
 _MAX_LOG_LOSS: Final = 100.0
 """As in the training's own score."""
 
@@ -82,6 +83,22 @@ def metric_of(metric: str, confusion_XKK: np.ndarray, log_loss_X: np.ndarray) ->
     if metric == "val_macro_f1":
         return np.asarray(macro_f1_X)
     return np.asarray(macro_f1_X - 0.01 * np.minimum(log_loss_X, _MAX_LOG_LOSS))
+
+
+def family_accuracy(counts: Counts, seed: int = 0) -> tuple[float, float, float]:
+    """Return the accuracy over one scan per family, and its 95 % interval.
+
+    A family counts by the share of its scans that are right: the mean over all ways to choose one
+    scan of each. The interval is a percentile bootstrap over families (Efron & Tibshirani 1993).
+    """
+    right_F = np.trace(counts.confusion_FKK, axis1=1, axis2=2)
+    share_F = right_F / counts.confusion_FKK.sum((1, 2))
+    generator = np.random.default_rng(seed)
+    num_families = len(share_F)
+    means = [share_F[generator.integers(num_families, size=num_families)].mean()
+             for _ in range(_NUM_DRAWS)]  # fmt: skip
+    low, high = np.quantile(means, [ALPHA / 2, 1 - ALPHA / 2])
+    return float(share_F.mean()), float(low), float(high)
 
 
 def scan_noise(counts: list[Counts], metric: str) -> np.ndarray:

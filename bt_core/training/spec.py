@@ -110,10 +110,18 @@ class TrainSpec(StrictModel):
     """Of training steps; `auto` is fp32 on CPUs, and on GPUs bf16 where they have it, else fp16."""
     patience: int | None = Field(None, ge=1)
     """End a stage after this many epochs without a better validation score; None trains all."""
+    keep: Literal["best", "last"] = "best"
+    """Epoch of each stage whose weights are kept: the one with the best validation score, or the
+    last. A figure on scans that chose the epoch is too good; `last` lets them choose nothing."""
     seed: int = 0
 
     @model_validator(mode="after")
     def _can_be_planned(self) -> "TrainSpec":
+        if self.keep == "last" and self.patience is not None:
+            raise ValueError(
+                f"patience ({self.patience}) ends a stage by the validation score, which `keep: "
+                "last` leaves out of every choice; leave one of them out"
+            )
         if self.epochs < len(self.stages):
             raise ValueError(
                 f"epochs ({self.epochs}) are fewer than stages ({len(self.stages)}), of which each "

@@ -80,7 +80,7 @@ class SweepSpec(StrictModel):
     epochs: PositiveInt | None = None
     """In place of the recipes' own."""
     metric: Metric = SCORE  # type: ignore[assignment]
-    """What is compared, on validation scans, at the epoch with the best `val_score`."""
+    """What is compared, on validation scans, at the epoch that the recipe keeps."""
     missing_weights: Literal["error", "none"] = "error"
     """What to do with a recipe whose initial weights cannot be had: stop, or start it from none
     (the leaderboard then says so)."""

@@ -17,7 +17,7 @@ from bt_core.data.catalog import Dataset
 from bt_core.errors import ConfigError, RunError, UsageError, WeightsError
 from bt_core.log import logger
 from bt_core.models.classifier import build_classifier
-from bt_core.training.engine import SCORE, Predictions
+from bt_core.training.engine import KEPT, SCORE, Predictions
 from bt_core.training.folds import load_rows, train_fold
 from bt_core.training.recipe import Recipe
 from bt_core.training.sweep import Candidate
@@ -36,9 +36,9 @@ class FitRecord(StrictModel):
     epochs: list[dict[str, Any]] = Field(default_factory=list)
     """Figures of every epoch."""
 
-    def best(self) -> dict[str, Any]:
-        """Return the figures of the epoch with the best score."""
-        return max(self.epochs, key=lambda figures: float(figures[SCORE]))
+    def kept(self) -> dict[str, Any]:
+        """Return the figures of the epoch that is kept, as `TrainSpec.keep` says."""
+        return max(self.epochs, key=lambda figures: float(figures[KEPT]))
 
 
 class TrialRecord(StrictModel):
@@ -71,8 +71,8 @@ class TrialRecord(StrictModel):
         return sum(len(one.epochs) for one in self.fits)
 
     def mean(self, metric: str) -> float | None:
-        """Return the mean of a metric over the trainings so far, each at its best epoch."""
-        trained = [one.best()[metric] for one in self.fits if one.epochs]
+        """Return the mean of a metric over the trainings so far, each at the epoch it keeps."""
+        trained = [one.kept()[metric] for one in self.fits if one.epochs]
         return fmean(trained) if trained else None
 
 
@@ -98,7 +98,7 @@ def run_trial(
             share are compared on the same folds.
 
     Returns:
-        The finished record, and the validation predictions of each training's best epoch:
+        The finished record, and the validation predictions of each training's kept epoch:
         scan_id, label, logits, fold, seed.
 
     Raises:
@@ -127,8 +127,8 @@ def run_trial(
             on_epoch(so_far(), share)
 
         seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
-        best = train_fold(seeded, rows, fold, torch.device(record.device), report)
-        tables.append(_table(best, fold, seed))
+        kept = train_fold(seeded, rows, fold, torch.device(record.device), report)
+        tables.append(_table(kept, fold, seed))
     return so_far(status="finished"), pa.concat_tables(tables)
 
 

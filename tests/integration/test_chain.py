@@ -66,7 +66,7 @@ def test_a_run_is_complete_and_validates_every_validation_scan(chain):
     assert [figures["epoch"] for figures in history] == [1, 2, 3]
     assert all(figures["val_scans"] == len(expected) for figures in history)
     best = max(history, key=lambda figures: figures["val_score"])
-    assert run.info.best_epoch == best["epoch"]
+    assert run.info.kept_epoch == best["epoch"]
     predicted = [
         max(range(4), key=logits.__getitem__) for logits in validation["logits"].to_pylist()
     ]

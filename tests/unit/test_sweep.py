@@ -17,7 +17,15 @@ from bt_core.errors import ConfigError, DatasetError, RunError, UsageError, Weig
 from bt_core.labels import LABEL_SPACES
 from bt_core.training.folds import fold_of_scans
 from bt_core.training.leaderboard import leaderboard, text_table, to_table
-from bt_core.training.noise import count, holm, metric_of, ranks, scan_noise, training_noise
+from bt_core.training.noise import (
+    count,
+    family_accuracy,
+    holm,
+    metric_of,
+    ranks,
+    scan_noise,
+    training_noise,
+)
 from bt_core.training.sweep import SweepSpec, candidates, load_sweep, preprocessings
 from bt_core.training.sweep_job import plan_slots, point_of
 from bt_core.training.trial import FitRecord, TrialRecord, reason_of, with_weights
@@ -215,6 +223,17 @@ def test_noise_of_scans_is_the_paired_t_test_where_every_family_is_one_scan():
     assert scan_noise(counts, "val_accuracy")[0, 1] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_family_counts_once_by_the_share_of_its_scans_that_are_right():
+    labels_N, family_N = np.zeros(6, int), np.array([0, 0, 0, 0, 1, 2])
+    logits_NK = np.eye(2)[[0, 0, 0, 1, 0, 1]]
+    accuracy, low, high = family_accuracy(count(labels_N, logits_NK, family_N, 3))
+    assert accuracy == pytest.approx((0.75 + 1 + 0) / 3)
+    assert 0 <= low < accuracy < high <= 1
+    many = count(np.zeros(900, int), np.eye(2)[np.arange(900) % 10 // 9], np.arange(900), 900)
+    accuracy, low, high = family_accuracy(many)
+    assert (accuracy, low, high) == pytest.approx((0.9, 0.88, 0.92), abs=0.004)  # 1.96 sqrt(pq/n)
+
+
 def test_copies_of_a_scan_are_no_further_evidence():
     rng = np.random.default_rng(1)
     labels_N, first_NK = predictions(rng, 100, 0.9)
@@ -265,7 +284,8 @@ def test_equal_models_are_tied_and_a_worse_one_is_not():
 def record_of(trial_id, status="finished", scores=(0.5, 0.5), reason=""):
     fits = [
         FitRecord(fold=j, seed=0, epochs=[
-            {"val_score": s, "val_accuracy": s, "val_macro_f1": s, "val_log_loss": 1 - s}
+            {"val_score": s, "val_accuracy": s, "val_macro_f1": s, "val_log_loss": 1 - s,
+             "kept_by": s}
         ])
         for j, s in enumerate(scores)
     ]  # fmt: skip
@@ -293,6 +313,7 @@ def test_the_leaderboard_puts_finished_before_stopped_before_failed():
     rows = leaderboard(records, tables, {str(i): str(i // 2) for i in range(200)}, spec)
     assert [row["trial_id"] for row in rows] == ["better", "worse", "halted", "broken"]
     assert [row["rank"] for row in rows[2:]] == [None, None]
+    assert 0.8 < rows[0]["family_accuracy_low"] < rows[0]["family_accuracy"] < 0.9
     text = text_table(rows, spec)
     assert "not_finite: the loss is nan" in text
     assert "Holm" in text

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from bt_core.errors import RunError
 from bt_core.training.augment import augment
@@ -33,6 +34,18 @@ def test_early_stopping_counts_from_the_best_epoch():
     context = AloneContext()
     run(context, toy_recipe(epochs=30, patience=1, learning_rate=0.02))
     assert len(context.metrics) < 30
+
+
+def test_the_last_epoch_is_kept_when_validation_is_to_choose_nothing():
+    best, last = AloneContext(), AloneContext()
+    settings = {"epochs": 6, "learning_rate": 0.02, "schedule": "constant"}
+    run(best, toy_recipe(**settings))
+    run(last, toy_recipe(**settings, keep="last"))
+    assert [f["kept_by"] for f in best.metrics] == [f["val_score"] for f in best.metrics]
+    assert [f["kept_by"] for f in last.metrics] == [1, 2, 3, 4, 5, 6]
+    assert [f["loss"] for f in best.metrics] == [f["loss"] for f in last.metrics]
+    with pytest.raises(ValidationError, match="keep: last"):
+        TrainSpec(keep="last", patience=2)
 
 
 def test_a_diverging_run_says_so():
