@@ -30,7 +30,10 @@ def run_train(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the sides take turns.")] = 2,
     as_json: JsonOption = False,
 ) -> int:
-    """Train through Ray Train with one worker and with a plain loop: images/s of the epochs."""
+    """Train by a plain loop, by Ray Train with one worker, and with two: images/s of the epochs.
+
+    Each side has all cores; two workers have half of the threads each, and half of each batch.
+    """
     from bt_core.data.catalog import Dataset
     from bt_core.training.recipe import load_recipe
 
@@ -38,15 +41,27 @@ def run_train(
     loaded = load_recipe(recipe, RECIPES, overrides)
     dataset = Dataset(data)
     apart(_write_view, dataset.location, loaded.model_dump_json())
-    sides: dict[str, list[float]] = {"plain": [], "ray": []}
+    sides: dict[str, list[float]] = {"plain": [], "one worker": [], "two workers": []}
+    waits: dict[str, list[float]] = {"one worker": [], "two workers": []}
+    args = (dataset.location, loaded.model_dump_json())
     for number in range(rounds):
-        sides["plain"] += apart(_plain_train_rates, dataset.location, loaded.model_dump_json())
-        sides["ray"] += apart(_ray_train_rates, dataset.location, loaded.model_dump_json())
+        sides["plain"] += apart(_plain_train_rates, *args)
+        for num_workers, side in enumerate(waits, 1):
+            figures = apart(_ray_train_figures, *args, num_workers)
+            sides[side] += [epoch["images_per_second"] for epoch in figures]
+            waits[side] += [epoch["data_wait"] for epoch in figures]
         print(f"round {number + 1}: " + medians_line(sides), flush=True)
-    ratio = statistics.median(sides["ray"]) / statistics.median(sides["plain"])
-    print(f"Ray Train, one worker: {ratio:.2f} of the plain loop's images/s (medians of epochs)")
+    medians = {side: statistics.median(rates) for side, rates in sides.items()}
+    ratios = {
+        "one worker against the plain loop": medians["one worker"] / medians["plain"],
+        "two workers against one": medians["two workers"] / medians["one worker"],
+    }
+    data_wait = {side: statistics.median(own) for side, own in waits.items()}
+    for what, ratio in ratios.items():
+        print(f"Ray Train, {what}: {ratio:.2f} of its images/s (medians of epochs)")
+    print("waiting for data: " + ", ".join(f"{s} {share:.1%}" for s, share in data_wait.items()))
     if as_json:
-        print(json.dumps({"ratio": ratio, "images_per_second": sides}))
+        print(json.dumps({"ratios": ratios, "data_wait": data_wait, "images_per_second": sides}))
     return EXIT_OK
 
 
@@ -130,7 +145,9 @@ def _plain_train_rates(dataset_location: str, recipe_json: str) -> list[float]:
     return plain_train(model, recipe, Preprocessor(spec), pixels, labels, recipe.train.epochs)
 
 
-def _ray_train_rates(dataset_location: str, recipe_json: str) -> list[float]:
+def _ray_train_figures(
+    dataset_location: str, recipe_json: str, num_workers: int
+) -> list[dict[str, Any]]:
     from bt_core.data.catalog import Dataset
     from bt_core.training.launch import plan_scaling, train
     from bt_core.training.recipe import Recipe
@@ -138,9 +155,9 @@ def _ray_train_rates(dataset_location: str, recipe_json: str) -> list[float]:
 
     recipe = Recipe.model_validate_json(recipe_json)
     with session() as resources, tempfile.TemporaryDirectory() as folder:
-        scaling = plan_scaling(1, "cpu", resources.num_cpus, resources.num_gpus)
+        scaling = plan_scaling(num_workers, "cpu", resources.num_cpus, resources.num_gpus)
         run = train(recipe, Dataset(dataset_location), f"{folder}/run", scaling)
-        return [figures["images_per_second"] for figures in run.history()]
+        return run.history()
 
 
 def _plain_score_seconds(bundle: str, source: str, folder: str) -> tuple[int, float]:
