@@ -45,7 +45,9 @@ TaskOption = Annotated[
     str | None, typer.Option("--task", help="four_class or binary. [default: what the folders say]")
 ]
 
-_LOCATIONS: Final = frozenset({"source", "bundle", "out", "data", "runs", "resolve", "keep_splits"})
+_LOCATIONS: Final = frozenset(
+    {"source", "bundle", "out", "data", "runs", "resolve", "keep_splits", "sweep"}
+)
 """Parameters that hold paths, made absolute for a submitted job, whose folder is another."""
 
 _GOES_ON: Final = {

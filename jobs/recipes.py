@@ -65,7 +65,7 @@ def run_schema() -> int:
     """Print the JSON schema of a recipe, with which editors complete and check YAML."""
     from bt_core.training.recipe import Recipe
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    print(json.dumps(Recipe.file_schema(), indent=2))
     return EXIT_OK
 
 

@@ -59,8 +59,6 @@ def run(
     dataset = Dataset(data)
     check_settings(loaded, dataset)
     out = storage.absolute(out or f"runs/{loaded.name}")
-    if overwrite:
-        make_room(out, "started.json", "a run")
     with session() as resources:
         chosen = choose_device(device, resources)
         scaling = plan_scaling(
@@ -70,6 +68,8 @@ def run(
             resources.num_gpus,
             resources.largest_node_cpus,
         )
+        if overwrite:  # not before all is known to be possible
+            make_room(out, "started.json", "a run")
         with tracking(loaded, out, tensorboard, mlflow) as trackers:
             finished = train(loaded, dataset, out, scaling, trackers)
     curves = training_curves_png(finished.history())

@@ -70,13 +70,15 @@ def run(
     space = dataset.info.label_space
     found = candidates(spec, RECIPES, space.task)
     out = storage.absolute(out)
-    _clear(out, overwrite)
+    _refuse_finished(out, overwrite)
     found = with_weights(found, weights or [], spec.missing_weights, space.num_classes)
-    _claim(out, spec, dataset, [candidate.content for candidate in found])
     with session() as resources:
         slots = plan_slots(
             spec, resources.num_cpus, resources.num_gpus, resources.largest_node_cpus
         )
+        if overwrite:  # not before all is known to be possible
+            make_room(out, _CLAIM, "a sweep")
+        _claim(out, spec, dataset, [candidate.content for candidate in found])
         views = prepare_views(dataset, spec, found)
         job = Job(spec, found, dataset.location, views, slots, out)
         if not search(job):
@@ -84,11 +86,9 @@ def run(
     return _conclude(job, dataset)
 
 
-def _clear(out: str, overwrite: bool) -> None:
+def _refuse_finished(out: str, overwrite: bool) -> None:
     if storage.exists(storage.join(out, "leaderboard.parquet")) and not overwrite:
         raise UsageError(f"{out} holds a finished sweep; choose another -o, or pass --overwrite")
-    if overwrite:
-        make_room(out, _CLAIM, "a sweep")
 
 
 def _claim(out: str, spec: "SweepSpec", dataset: "Dataset", recipes: list[dict[str, Any]]) -> None:
@@ -98,6 +98,8 @@ def _claim(out: str, spec: "SweepSpec", dataset: "Dataset", recipes: list[dict[s
         "sweep_digest": spec.digest,
         "recipes_digest": storage.digest_of(recipes),
         "dataset_digest": dataset.info.digest,
+        "max_concurrent": spec.max_concurrent,  # Ray Tune goes on with those that it began with
+        "time_budget_minutes": spec.time_budget_minutes,
     }
     if storage.exists(marker):
         if {k: storage.read_json(marker)[k] for k in digests} != digests:

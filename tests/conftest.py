@@ -11,6 +11,7 @@ import pytest
 from bt_core.scans.phantom import write_archive
 from jobs.cli import main
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that share tiny tensors only wait
 SMALL = ["--set", "preprocess.size_px=48", "--set", "train.batch_size=8"]
 
 

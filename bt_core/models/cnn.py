@@ -14,6 +14,7 @@ class ConvStack(nn.Module):
         layers: channels of a convolution, `pool` (2x2), or `{"dropout": p}`, in order.
         padding: `same` keeps the size in a convolution, `valid` takes 2 px from it.
         batch_norm: put batch norm between each convolution and its ReLU.
+        init: of the convolutions: torch's own, or Glorot's uniform with biases of 0, as in Keras.
         in_chans: channels of the input.
 
     Raises:
@@ -25,9 +26,12 @@ class ConvStack(nn.Module):
         layers: Sequence[int | str | dict[str, float]],
         padding: str = "same",
         batch_norm: bool = False,
+        init: str = "default",
         in_chans: int = 3,
     ) -> None:
         super().__init__()
+        if init not in ("default", "glorot"):
+            raise ValueError(f"init is default or glorot, not {init!r}")
         if padding not in ("same", "valid"):
             raise ValueError(f"padding is same or valid, not {padding!r}")
         built: list[nn.Module] = []
@@ -44,6 +48,11 @@ class ConvStack(nn.Module):
             else:
                 raise ValueError(f"a layer is a number of channels, pool or dropout, not {layer!r}")
         self.features = nn.Sequential(*built)
+        for module in built:
+            if init == "glorot" and isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward_features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Return the last feature map (B, C, h, w), C channels of the last convolution."""

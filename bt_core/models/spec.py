@@ -41,7 +41,10 @@ class HeadSpec(StrictModel):
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.layers and (self.hidden or self.dropout is not None):
-            raise ValueError("write hidden and dropout, or layers, not both")
+            raise ValueError(
+                "write hidden and dropout, or layers, not both; a layer is changed by its place, as "
+                "in model.head.layers.0.dropout"
+            )
         return self
 
     def all_layers(self) -> tuple[LayerSpec, ...]:

@@ -95,6 +95,8 @@ def check_weights(folder: str) -> dict[str, Any]:
     has_sums = os.path.exists(os.path.join(folder, SUMS_FILE))
     if has_sums:
         _compare_digests(folder)
+    if "architecture" not in config:
+        raise WeightsError(f"{folder}/config.json names no architecture; is it a folder of timm's?")
     architecture = str(config["architecture"])
     arguments = {"num_classes": config.get("num_classes"), **config.get("model_args", {})}
     model = timm_with(architecture).create_model(
@@ -122,8 +124,11 @@ def check_weights(folder: str) -> dict[str, Any]:
 
 def _compare_digests(folder: str) -> None:
     lines = storage.read_bytes(os.path.join(folder, SUMS_FILE)).decode().splitlines()
-    for line in lines:
-        digest, _, name = line.partition("  ")
+    digests = {line[66:]: line[:64] for line in lines}  # two spaces, or one and a * for binary
+    unlisted = {"config.json", WEIGHTS_FILE} - digests.keys()
+    if unlisted:
+        raise WeightsError(f"{folder}/{SUMS_FILE} does not list {', '.join(sorted(unlisted))}")
+    for name, digest in digests.items():
         path = os.path.join(folder, os.path.basename(name))
         if not os.path.exists(path) or _digest(path) != digest:
             raise WeightsError(f"{path} is not what was staged: its SHA-256 is not {digest}")

@@ -26,13 +26,13 @@ def augment(unit_B1SS: torch.Tensor, spec: AugmentSpec, generator: torch.Generat
         Images of the same shape in [0, 1]; what comes from outside an image is black.
     """
     batch, device = len(unit_B1SS), unit_B1SS.device
-    theta_B23 = _affine(batch, spec, generator)
+    theta_B23 = _affine(batch, spec, generator).to(device)
     contrast, brightness, noise = (
         _uniform(batch, limit, generator).view(-1, 1, 1, 1).to(device)
         for limit in (spec.contrast, spec.brightness, spec.noise)
     )
     grid = functional.affine_grid(theta_B23, list(unit_B1SS.shape), align_corners=False)
-    moved = functional.grid_sample(unit_B1SS, grid.to(device), align_corners=False)
+    moved = functional.grid_sample(unit_B1SS, grid, align_corners=False)
     mean = moved.mean((1, 2, 3), keepdim=True)
     changed = (moved - mean) * (1 + contrast) + mean + brightness
     if (

@@ -15,7 +15,7 @@ from torch import nn
 
 from bt_core.models.classifier import Classifier
 from bt_core.models.inputs import Preprocessor
-from bt_core.training.learner import Learner, check_finite
+from bt_core.training.learner import Learner, check_finite, explained_memory
 from bt_core.training.recipe import Recipe
 from bt_core.training.spec import TrainSpec
 
@@ -120,7 +120,9 @@ def fit(
             learner.load(state)
             best = state.get("best")
         while len(own) < stage.epochs and not stopped_early(own, train.patience):
-            figures, predictions = _epoch(context, learner, preprocessor, stage, len(history) + 1)
+            figures, predictions = _epoch(
+                context, learner, preprocessor, stage, len(history) + 1, bool(train.stages)
+            )
             figures["stage"] = number
             own.append(figures)
             history.append(figures)
@@ -137,6 +139,11 @@ def fit(
 def worker_batch_size(num_scans: int, batch_size: int, world_size: int) -> int:
     """Return one worker's scans per step: its part of the batch, or its shard if smaller."""
     return max(1, min(batch_size, num_scans) // world_size)
+
+
+def validation_batch_size(worker_batch_size: int) -> int:
+    """Return a number of scans that fits, without gradients, where training does."""
+    return min(64, 2 * worker_batch_size)
 
 
 def steps_per_epoch(num_scans: int, batch_size: int, world_size: int) -> int:
@@ -186,14 +193,17 @@ def _epoch(
     preprocessor: Preprocessor,
     stage: TrainSpec,
     epoch: int,
+    staged: bool,
 ) -> tuple[dict[str, Any], Predictions]:
     """Train and validate once."""
     started = time.perf_counter()
     trained = learner.train_epoch(epoch)
     context.sync(learner.validated)
-    predictions = context.gather(_validate(context, learner.validated, preprocessor))
+    with explained_memory(stage, context.device):
+        own = _validate(context, learner.validated, preprocessor)
+    predictions = context.gather(own)
     figures = {"epoch": epoch, **trained, **validation_figures(predictions)}
-    check_finite(figures["val_log_loss"], "validation log loss", epoch, stage)
+    check_finite(figures["val_log_loss"], "validation log loss", epoch, stage, staged)
     figures[KEPT] = figures[SCORE] if stage.keep == "best" else float(epoch)
     learner.end_epoch(figures[SCORE])
     figures["epoch_seconds"] = round(time.perf_counter() - started, 2)

@@ -20,11 +20,17 @@ from bt_core.data.splits import SPLITS, grouped_folds
 from bt_core.errors import DatasetError
 from bt_core.models.classifier import Classifier, build_classifier
 from bt_core.models.inputs import Preprocessor
-from bt_core.training.engine import KEPT, Batch, Predictions, fit, worker_batch_size
+from bt_core.training.engine import (
+    KEPT,
+    Batch,
+    Predictions,
+    fit,
+    validation_batch_size,
+    worker_batch_size,
+)
 from bt_core.training.recipe import Recipe
 
 _NO_FOLD = -1
-_VALIDATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -156,8 +162,9 @@ class FoldContext:
 
     def validation_batches(self) -> Iterator[Batch]:
         """Yield all validation scans."""
-        for start in range(0, len(self._validation_N), _VALIDATION_BATCH):
-            yield self._batch(self._validation_N[start : start + _VALIDATION_BATCH])
+        size = validation_batch_size(self._batch_size)
+        for start in range(0, len(self._validation_N), size):
+            yield self._batch(self._validation_N[start : start + size])
 
     def _batch(self, index: np.ndarray) -> Batch:
         rows = self._rows

@@ -199,7 +199,7 @@ def _claim(location: str, recipe: Recipe, dataset: Dataset, scaling: Scaling) ->
     if storage.read_json(marker) != claim:
         raise UsageError(
             f"{location} holds an unfinished run with other settings, data or workers; finish it "
-            "with those, choose another -o, or pass --overwrite"
+            "with those, or pass --overwrite or another -o"
         )
     checkpoints = storage.join(location, "checkpoints")
     for name in storage.list_dirs(checkpoints):  # of a worker that was killed while it wrote

@@ -83,6 +83,7 @@ def _row(record: TrialRecord, spec: SweepSpec) -> Row:
         "p_against_leader": None,
         **{name: record.mean(name) for name in _FIGURES},
         **dict.fromkeys(_BY_FAMILY),
+        "keep": str(record.recipe.get("train", {}).get("keep", "best")),
         "status": record.status,
         "reason": record.reason,
         "initial_weights": str(record.recipe.get("model", {}).get("weights", "")).split(":")[0],
@@ -101,7 +102,7 @@ def _plain(value: Any) -> Any:
 def to_table(rows: Sequence[Row], space: Sequence[str]) -> pa.Table:
     """Return the leaderboard for Parquet; a searched key of mixed types becomes text."""
     columns: dict[str, Any] = {}
-    for name in rows[0]:
+    for name in rows[0] if rows else ():
         values = [row[name] for row in rows]
         if name in space and len({type(v) for v in values if v is not None}) > 1:
             numbers = all(type(v) in (int, float) for v in values if v is not None)
@@ -155,7 +156,14 @@ def noise_note(rows: Sequence[Row], spec: SweepSpec) -> str:
     noise = f"of scans (by family) and of training ({spec.folds} folds x {len(spec.seeds)} seeds)"
     if len(spec.fits) == 1:
         noise = "of scans (by family); one training each does not show the noise of training"
-    return f"{first} {noise}; Holm-corrected, {ALPHA:g}"
+    return f"{first} {noise}; Holm-corrected, {ALPHA:g}{_chosen_on(rows)}"
+
+
+def _chosen_on(rows: Sequence[Row]) -> str:
+    """Return that figures are too good where the validation scans chose the epoch."""
+    if all(row["keep"] == "last" for row in rows):
+        return ""
+    return "; the scans behind these figures also chose each training's epoch (train.keep: best)"
 
 
 def by_family(row: Row) -> str:

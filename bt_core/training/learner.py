@@ -39,6 +39,10 @@ class DivergedError(RunError):
     """The loss is not finite, on every worker alike."""
 
 
+class BatchMemoryError(RunError):
+    """A batch does not fit in memory, on one worker perhaps."""
+
+
 class Learner:
     """Trains a classifier for the epochs of one stage.
 
@@ -135,7 +139,7 @@ class Learner:
                 num_images += sum(len(batch["label"]) for batch in group)
                 num_batches += len(group)
             mean_loss = self._context.mean(float(total_loss) / max(num_batches, 1))
-        check_finite(mean_loss, "loss", epoch, self._stage)
+        check_finite(mean_loss, "loss", epoch, self._stage, bool(self._recipe.train.stages))
         seconds = time.perf_counter() - started
         return {
             "loss": mean_loss,
@@ -202,18 +206,33 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def check_finite(value: float, what: str, epoch: int, stage: TrainSpec) -> None:
-    """Raise DivergedError unless the value is finite."""
+def check_finite(value: float, what: str, epoch: int, stage: TrainSpec, staged: bool) -> None:
+    """Raise DivergedError unless the value is finite.
+
+    Args:
+        value: of a loss.
+        what: its name.
+        epoch: from 1.
+        stage: settings of the stage that it belongs to.
+        staged: whether the recipe has stages of its own.
+    """
     if math.isfinite(value):
         return
+    key = "learning_rate of that stage" if staged else "train.learning_rate"
     clip = stage.gradient_clip_norm
     advice = "set train.gradient_clip_norm=1" if clip is None else f"gradient_clip_norm ({clip:g})"
     narrow = stage.precision == "fp16" or (stage.precision == "auto" and torch.cuda.is_available())
     fp16 = ", or set train.precision=fp32" if narrow else ""
     raise DivergedError(
-        f"training diverged: the {what} of epoch {epoch} is {value}; lower train.learning_rate "
-        f"({stage.learning_rate:g}) or {advice}{fp16}; the checkpoint of the epoch before is kept"
+        f"training diverged: the {what} of epoch {epoch} is {value}; lower {key} "
+        f"({stage.learning_rate:g}) or {advice}{fp16}; then give --overwrite or another -o"
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory did not suffice, on a GPU or outside."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError | BatchMemoryError)
+    return known or any(sign in str(error) for sign in _NO_MEMORY)
 
 
 @contextmanager
@@ -222,15 +241,15 @@ def explained_memory(stage: TrainSpec, device: torch.device) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and not any(sign in str(error) for sign in _NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
         size, steps = stage.batch_size, stage.accumulation_steps
         where = "GPU" if device.type == "cuda" else "worker"
-        raise RunError(
+        raise BatchMemoryError(
             f"a batch of {size} scans does not fit in the memory of the {where}; set "
             f"train.batch_size={max(2, size // 2)} and train.accumulation_steps={2 * steps}, which "
-            "make the same steps in less memory, or lower preprocess.size_px"
+            "make steps of as many scans in less memory, or lower preprocess.size_px; then give "
+            "--overwrite or another -o"
         ) from error
 
 

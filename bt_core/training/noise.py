@@ -6,9 +6,11 @@ Two models are told apart only if their difference is beyond both kinds of noise
   and a patient's scans count once (Efron & Stein 1981; clustered paired differences as in Miller
   2024, "Adding Error Bars to Evals"). Works for any metric, also for the F1 value, which is no mean
   over scans.
-- of training: the differences over folds x seeds, with one residual variance for all models (models
-  by trainings, two-way layout) and the correction for training sets that overlap (Nadeau & Bengio
-  2003; for repeated folds Bouckaert & Frank 2004). One training each says nothing about this.
+- of training: the differences over folds x seeds, with the correction for training sets that
+  overlap (Nadeau & Bengio 2003; for repeated folds Bouckaert & Frank 2004). Their variance is the
+  larger of the pair's own, which few trainings estimate badly, and that of all models together
+  (residuals of models by trainings, a two-way layout), which models that hardly vary would make too
+  small for those that do. One training each says nothing about this.
 
 A pair's p value is the larger of the two (an intersection-union test, Berger 1982), Holm (1979)
 corrects over all pairs, since the leader is known only from the same figures; below 0.05 the models
@@ -136,8 +138,9 @@ def training_noise(scores_MJ: np.ndarray, num_folds: int) -> np.ndarray | None:
     residual_MJ = scores_MJ - means_M[:, None] - scores_MJ.mean(0) + scores_MJ.mean()
     degrees = (num_models - 1) * (num_fits - 1)
     overlap = 1 / (num_folds - 1) if num_folds > 1 else 0.0
-    variance = 2 * (residual_MJ**2).sum() / degrees * (1 / num_fits + overlap)
-    variance_MM = np.full((num_models, num_models), variance)
+    of_all = 2 * (residual_MJ**2).sum() / degrees
+    of_pair_MM = (scores_MJ[:, None] - scores_MJ[None]).var(2, ddof=1)
+    variance_MM = np.maximum(of_all, of_pair_MM) * (1 / num_fits + overlap)
     return _p_values(means_M[:, None] - means_M[None], variance_MM, degrees)
 
 

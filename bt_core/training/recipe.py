@@ -25,6 +25,13 @@ class Recipe(StrictModel):
     model: ModelSpec
     train: TrainSpec = TrainSpec()
 
+    @classmethod
+    def file_schema(cls) -> dict[str, Any]:
+        """Return the JSON schema of a recipe's file, whose name may be left to the file's."""
+        schema = cls.model_json_schema()
+        schema["required"] = [key for key in schema["required"] if key != "name"]
+        return schema
+
     @property
     def digest(self) -> str:
         """Digest of every setting."""

@@ -7,6 +7,7 @@ inside a trial would hold more, and wait for itself).
 
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -28,6 +29,7 @@ from bt_core.training.sweep_job import (
     RECIPE_KEY,
     Job,
     begin,
+    drop_all_but,
     read_record,
     write_predictions,
     write_record,
@@ -141,7 +143,7 @@ def _scheduler(spec: SweepSpec) -> TrialScheduler:
     folds. The first rung is one epoch of a trial that has the sweep's epochs (10, if the recipes
     keep their own).
     """
-    grace = max(1, round(1000 / (len(spec.fits) * (spec.epochs or 10))))
+    grace = max(1, math.floor(1000 / (len(spec.fits) * (spec.epochs or 10))))
     if spec.scheduler == "asha":
         return ASHAScheduler(
             time_attr=_SHARE,
@@ -216,7 +218,12 @@ class _Lines(tune.Callback):  # type: ignore[misc]
 
 
 def _settle(job: Job, trials: Sequence[Any]) -> None:
-    """Give the records of trials that Tune ended, or that died, their status and reason."""
+    """Give the records of trials that Tune ended, or that died, their status and reason.
+
+    Trials that Tune does not know were begun after its last snapshot before a kill; others have
+    taken their place.
+    """
+    drop_all_but(job.location, {trial.trial_id for trial in trials})
     for trial in trials:
         record = read_record(job.location, trial.trial_id)
         if record is not None and record.status != "running":
@@ -241,4 +248,6 @@ def _reason_of_death(trial: Any) -> str:
     text = f"{trial.get_error()}"
     if "OutOfMemory" in text or "memory pressure" in text:
         return "out_of_memory: Ray ended the trial's process; use a smaller batch or fewer trials"
-    return f"killed: the trial's process died {_MAX_DEATHS + 1} times"
+    if "died" in text:
+        return f"killed: the trial's process died {_MAX_DEATHS + 1} times"
+    return f"error: {text.strip().splitlines()[-1]}"

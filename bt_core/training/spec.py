@@ -4,7 +4,7 @@ import itertools
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from bt_core.config import StrictModel
 
@@ -13,8 +13,11 @@ Schedule = Literal["one_cycle", "cosine", "constant", "plateau"]
 _EPOCHS: Final = 6
 
 
+_PARTS: Final = r"all|head|(layers|blocks):[1-9]\d*"
+
+
 def _known_part(trainable: str) -> str:
-    if re.fullmatch(r"all|head|(layers|blocks):[1-9]\d*", trainable):
+    if re.fullmatch(_PARTS, trainable):
         return trainable
     raise ValueError(
         "use all, head, layers:N (the last N weight layers of the backbone) or blocks:N (its last "
@@ -22,7 +25,9 @@ def _known_part(trainable: str) -> str:
     )
 
 
-Trainable = Annotated[str, AfterValidator(_known_part)]
+Trainable = Annotated[
+    str, AfterValidator(_known_part), WithJsonSchema({"type": "string", "pattern": f"^({_PARTS})$"})
+]
 
 
 class AugmentSpec(StrictModel):
@@ -117,6 +122,12 @@ class TrainSpec(StrictModel):
 
     @model_validator(mode="after")
     def _can_be_planned(self) -> "TrainSpec":
+        by_score = [stage.schedule == "plateau" for stage in self.plan()]
+        if self.keep == "last" and any(by_score):
+            raise ValueError(
+                "the schedule plateau follows the validation score, which `keep: last` leaves out "
+                "of every choice; use another schedule"
+            )
         if self.keep == "last" and self.patience is not None:
             raise ValueError(
                 f"patience ({self.patience}) ends a stage by the validation score, which `keep: "
@@ -127,6 +138,13 @@ class TrainSpec(StrictModel):
                 f"epochs ({self.epochs}) are fewer than stages ({len(self.stages)}), of which each "
                 "needs one"
             )
+        for name in StageSpec.model_fields.keys() - {"epochs"}:
+            changed = getattr(self, name) != type(self).model_fields[name].default
+            if changed and self.stages and all(getattr(s, name) is not None for s in self.stages):
+                raise ValueError(
+                    f"train.{name} ({getattr(self, name)}) has no effect: every stage has its own; "
+                    f"set train.stages.0.{name} and so on"
+                )
         for number, stage in enumerate(self.plan(), 1):
             if stage.warmup and stage.schedule not in ("cosine", "constant"):
                 raise ValueError(

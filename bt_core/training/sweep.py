@@ -88,7 +88,8 @@ class SweepSpec(StrictModel):
     """Trials at once; None fills the cluster."""
     cpus_per_trial: PositiveInt = 1
     """Threads that a trial computes with, and logical CPUs that it holds."""
-    gpus_per_trial: float = Field(0, ge=0)
+    gpus_per_trial: float | None = Field(None, ge=0)
+    """None is one where the cluster has GPUs."""
     time_budget_minutes: PositiveFloat | None = None
     """What runs then is stopped, and ranked behind what was finished."""
     seed: int = 0

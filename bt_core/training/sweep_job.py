@@ -56,14 +56,14 @@ def plan_slots(spec: SweepSpec, num_cpus: float, num_gpus: float, largest_node: 
         raise UsageError(
             f"cpus_per_trial {spec.cpus_per_trial}: the largest node has {largest_node:g} CPUs"
         )
-    if spec.gpus_per_trial > num_gpus:
-        raise UsageError(f"gpus_per_trial {spec.gpus_per_trial:g}: the cluster has {num_gpus:g}")
+    gpus = min(num_gpus, 1.0) if spec.gpus_per_trial is None else spec.gpus_per_trial
+    if gpus > num_gpus:
+        raise UsageError(f"gpus_per_trial {gpus:g}: the cluster has {num_gpus:g}")
     fitting = int(num_cpus // spec.cpus_per_trial)
-    if spec.gpus_per_trial:
-        fitting = min(fitting, int(num_gpus / spec.gpus_per_trial + 1e-9))
+    if gpus:
+        fitting = min(fitting, int(num_gpus / gpus + 1e-9))
     at_once = min(spec.max_concurrent or fitting, fitting)
-    device = "cuda" if spec.gpus_per_trial else "cpu"
-    return Slots(max(1, at_once), spec.cpus_per_trial, spec.gpus_per_trial, device)
+    return Slots(max(1, at_once), spec.cpus_per_trial, gpus, "cuda" if gpus else "cpu")
 
 
 def point_of(config: dict[str, Any], spec: SweepSpec) -> dict[str, Any]:
@@ -125,6 +125,13 @@ def records_of(location: str) -> list[TrialRecord]:
     names = storage.list_dirs(storage.join(location, _TRIALS))
     found = (read_record(location, name) for name in sorted(names))
     return [record for record in found if record is not None]
+
+
+def drop_all_but(location: str, trial_ids: set[str]) -> None:
+    """Remove the folders of all other trials."""
+    folder = storage.join(location, _TRIALS)
+    for name in set(storage.list_dirs(folder)) - trial_ids:
+        storage.remove_dir(storage.join(folder, name))
 
 
 def write_predictions(location: str, trial_id: str, table: pa.Table) -> None:

@@ -14,11 +14,13 @@ from pydantic import Field
 from bt_core import __version__, storage
 from bt_core.config import StrictModel, parse
 from bt_core.data.catalog import Dataset
-from bt_core.errors import ConfigError, RunError, UsageError, WeightsError
+from bt_core.errors import ConfigError, UsageError, WeightsError
 from bt_core.log import logger
 from bt_core.models.classifier import build_classifier
+from bt_core.models.weights import check_weights
 from bt_core.training.engine import KEPT, SCORE, Predictions
 from bt_core.training.folds import load_rows, train_fold
+from bt_core.training.learner import DivergedError, is_out_of_memory
 from bt_core.training.recipe import Recipe
 from bt_core.training.sweep import Candidate
 
@@ -151,28 +153,39 @@ def with_weights(
 
     Args:
         found: recipes of the sweep.
-        sources: `local-dir:PATH`; each serves the recipes whose backbone it holds.
+        sources: `local-dir:PATH`; each serves the recipes whose backbone it holds, one at least.
         missing: `error`, or `none` to start such recipes from none, with a note.
         num_classes: K.
 
     Raises:
         ConfigError: if a backbone does not exist.
-        WeightsError: if weights cannot be had and `missing` is `error`.
+        WeightsError: if weights cannot be had and `missing` is `error`, or a source is broken or
+            fits no recipe.
     """
-    return [_with_weights(candidate, sources, missing, num_classes) for candidate in found]
+    held = {source: check_weights(source.partition(":")[2])["architecture"] for source in sources}
+    backbones = {candidate.recipe({}).model.backbone for candidate in found}
+    for source, architecture in held.items():
+        if architecture not in backbones:
+            raise WeightsError(
+                f"--weights {source} holds {architecture}, which no recipe of the sweep has; they "
+                f"have {', '.join(sorted(backbones))}"
+            )
+    return [_with_weights(candidate, held, missing, num_classes) for candidate in found]
 
 
 def _with_weights(
-    candidate: Candidate, sources: Sequence[str], missing: str, num_classes: int
+    candidate: Candidate, held: dict[str, str], missing: str, num_classes: int
 ) -> Candidate:
-    own = candidate.recipe({}).model.weights
-    tried = [own] if own == "none" else [*sources, own]
+    model = candidate.recipe({}).model
+    own = model.weights
+    fitting = [source for source, backbone in held.items() if backbone == model.backbone]
+    tried = [own] if own == "none" else [*fitting, own]
     for weights in tried:
         try:
             recipe = candidate.recipe({"model.weights": weights})
             build_classifier(recipe.model, recipe.preprocess, num_classes)
         except WeightsError:
-            if weights == own and missing == "error":
+            if weights != own or missing == "error":
                 raise
             continue
         return Candidate(candidate.name, recipe.model_dump(mode="json"), candidate.notes)
@@ -185,10 +198,9 @@ def _with_weights(
 def reason_of(error: BaseException) -> str:
     """Return why a trial failed, as one line that begins with a code."""
     text = " ".join(str(error).split())[:300]
-    if isinstance(error, RunError) and "diverged" in text:
+    if isinstance(error, DivergedError):
         return f"not_finite: {text}"
-    in_words = isinstance(error, RunError | RuntimeError) and "memory" in text
-    if in_words or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return "out_of_memory: use a smaller batch or picture, or more memory per trial"
     if isinstance(error, ConfigError | WeightsError):
         return f"refused: {text}"
@@ -219,12 +231,15 @@ def replay(record: TrialRecord, dataset: Dataset) -> TrialRecord:
         The new record.
 
     Raises:
-        UsageError: if the trial never trained an epoch, or the dataset is another one.
+        UsageError: if the trial never trained an epoch, or the dataset is another one, or it was
+            trained on a GPU and there is none.
     """
     if not record.num_epochs:
         raise UsageError(f"trial {record.trial_id} trained no epoch: {record.reason}")
     if dataset.info.digest != record.dataset_digest:
         raise UsageError(f"{dataset.location} is not the dataset that the trial was trained on")
+    if record.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"trial {record.trial_id} was trained on a GPU, and there is none here")
     wanted = record.num_epochs
 
     def on_epoch(so_far: TrialRecord, share: float) -> None:

@@ -26,7 +26,13 @@ from bt_core.config import parse
 from bt_core.errors import RunError
 from bt_core.models.classifier import Classifier, build_classifier
 from bt_core.models.inputs import Preprocessor
-from bt_core.training.engine import Batch, Predictions, fit, worker_batch_size
+from bt_core.training.engine import (
+    Batch,
+    Predictions,
+    fit,
+    validation_batch_size,
+    worker_batch_size,
+)
 from bt_core.training.learner import DivergedError
 from bt_core.training.recipe import Recipe
 
@@ -74,7 +80,7 @@ class RayContext:
     def validation_batches(self) -> Iterator[Batch]:
         """Stream all validation rows and keep those whose id falls to this worker."""
         shard = ray.train.get_dataset_shard("validation")
-        size = min(64, 2 * self._batch_size)  # fits, without gradients, where training does
+        size = validation_batch_size(self._batch_size)
         for batch in shard.iter_batches(batch_size=size, batch_format="numpy"):
             mine = np.array([_owner(i, self.world_size) == self.rank for i in batch["scan_id"]])
             if mine.any():

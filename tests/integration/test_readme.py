@@ -42,9 +42,12 @@ def test_the_first_block_is_the_two_commands():
     assert BLOCKS[0] == "make demo\nmake test\n"
 
 
-def test_make_demo_runs_the_whole_chain(tmp_path, session_address):
+@pytest.mark.parametrize(
+    "given", ["DATA", pytest.param("", marks=pytest.mark.slow, id="synthetic scans")]
+)
+def test_make_demo_runs_the_whole_chain(chain, given, tmp_path, session_address):
     out = tmp_path / "demo"
-    command = BLOCKS[0].splitlines()[0]
+    command = BLOCKS[0].splitlines()[0] + (f" DATA={chain.archive}" if given else "")
     printed = run(command, ROOT, OUT=str(out), RAY_ADDRESS=session_address)
     for name in ("data", "runs", "bundle", "report", "scores"):
         assert (out / name).is_dir()

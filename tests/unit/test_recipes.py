@@ -1,15 +1,21 @@
 """Every shipped recipe builds its model and trains; published networks have their exact form."""
 
+import json
+
+import jsonschema
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from bt_core.config import load_yaml
 from bt_core.labels import LABEL_SPACES
 from bt_core.models.classifier import build_classifier, rebuild_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.summary import layer_table
 from bt_core.training.engine import fit
 from bt_core.training.recipe import load_recipe, recipe_names
+from bt_core.training.stages import select_trainable
 from jobs.cli import main
 from jobs.recipes_folder import RECIPES
 from tests.unit.toy_training import AloneContext
@@ -49,8 +55,15 @@ def test_every_recipe_trains_what_it_says_and_nothing_else(name):
     assert len(context.metrics) == stages
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert any(k.startswith("head.") for k in changed)
-    if all(stage.trainable == "head" for stage in recipe.train.plan()):
-        assert not any(k.startswith("backbone.") for k in changed), "frozen, statistics included"
+    parts = {stage.trainable for stage in recipe.train.plan()} - {"head"}
+    trained = {k for k in changed if k.startswith("backbone.")}
+    assert bool(trained) == bool(parts), "frozen, statistics included"
+    if parts and "all" not in parts:
+        [part] = parts
+        select_trainable(model, part)
+        free = {k for k, p in model.named_parameters() if p.requires_grad}
+        assert {k for k in trained if k in dict(model.named_parameters())} <= free
+        assert len(trained) < len(before) / 2
 
 
 def test_the_four_million_parameter_network_is_the_published_one():
@@ -62,6 +75,10 @@ def test_the_four_million_parameter_network_is_the_published_one():
         for row in layer_table(model, (3, 150, 150))
         if row.kind in ("Conv2d", "MaxPool2d", "Linear")
     ]
+    kinds = [type(m).__name__ for m in model.backbone.features if not isinstance(m, nn.ReLU)]
+    letters = "".join({"Conv2d": "c", "MaxPool2d": "p", "Dropout": "d"}[kind] for kind in kinds)
+    assert letters == "ccpdccdpdcccpdccpd"
+    assert [m.p for m in model.head if isinstance(m, nn.Dropout)] == [0.5]
     assert shapes == [
         (32, 148, 148), (64, 146, 146), (64, 73, 73),
         (64, 71, 71), (64, 69, 69), (64, 34, 34),
@@ -111,4 +128,10 @@ def test_recipes_are_listed_shown_and_described(capsys):
     assert "# Reproduces: system D" in shown
     assert "epochs: 3" in shown
     assert shown.splitlines()[-1].split() == ["all", "4,447,044"]
-    assert '"additionalProperties": false' in bt_output(capsys, "recipes", "schema")
+    schema = json.loads(bt_output(capsys, "recipes", "schema"))
+    assert schema["additionalProperties"] is False
+    for name in recipe_names(RECIPES):
+        jsonschema.validate(load_yaml(str(RECIPES / f"{name}.yaml")), schema)
+    wrong = {"model": {"backbone": "x"}, "train": {"trainable": "last:3"}}
+    with pytest.raises(jsonschema.ValidationError, match="last:3"):
+        jsonschema.validate(wrong, schema)

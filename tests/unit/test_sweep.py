@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pyarrow as pa
 import pytest
+import timm
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 from sklearn.metrics import accuracy_score, f1_score, log_loss
@@ -13,10 +14,11 @@ from bt_core import storage
 from bt_core.config import parse
 from bt_core.data.catalog import Dataset, DatasetInfo
 from bt_core.data.splits import SplitPlan, assign_splits
-from bt_core.errors import ConfigError, DatasetError, RunError, UsageError, WeightsError
+from bt_core.errors import ConfigError, DatasetError, UsageError, WeightsError
 from bt_core.labels import LABEL_SPACES
 from bt_core.training.folds import fold_of_scans
 from bt_core.training.leaderboard import leaderboard, text_table, to_table
+from bt_core.training.learner import BatchMemoryError, DivergedError
 from bt_core.training.noise import (
     count,
     family_accuracy,
@@ -26,6 +28,7 @@ from bt_core.training.noise import (
     scan_noise,
     training_noise,
 )
+from bt_core.training.search import _scheduler
 from bt_core.training.sweep import SweepSpec, candidates, load_sweep, preprocessings
 from bt_core.training.sweep_job import plan_slots, point_of
 from bt_core.training.trial import FitRecord, TrialRecord, reason_of, with_weights
@@ -102,7 +105,30 @@ def test_weights_that_cannot_be_had_are_an_error_or_a_note(tmp_path):
     assert bare.recipe({}).model.weights == "none"
     assert bare.notes == ["local-dir weights not at hand: starts from none"]
     scratch = candidates(spec_of(), RECIPES, "four_class")
-    assert with_weights(scratch, [f"local-dir:{tmp_path}"], "error", 4)[0].notes == []
+    assert with_weights(scratch, [], "error", 4)[0].notes == []
+
+
+def test_weights_of_a_sweep_must_be_whole_and_fit_some_recipe(tmp_path):
+    found = candidates(spec_of(recipes=["mobilenetv2"]), RECIPES, "four_class")
+    with pytest.raises(WeightsError, match="is not a timm folder"):
+        with_weights(found, [f"local-dir:{tmp_path}/typo"], "none", 4)
+    model = timm.create_model("mobilenetv2_050", num_classes=10)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    with pytest.raises(WeightsError, match="mobilenetv2_050, which no recipe"):
+        with_weights(found, [f"local-dir:{tmp_path}"], "none", 4)
+    fixed = {"model.backbone": "mobilenetv2_050"}
+    found = candidates(spec_of(recipes=["mobilenetv2"], fixed=fixed), RECIPES, "four_class")
+    [one] = with_weights(found, [f"local-dir:{tmp_path}"], "error", 4)
+    assert one.recipe({}).model.weights == f"local-dir:{tmp_path}"
+
+
+@pytest.mark.parametrize(("folds", "epochs"), [(3, 2), (3, 6), (5, 3), (3, 9)])
+def test_the_first_rung_of_asha_is_one_epoch(folds, epochs):
+    scheduler = _scheduler(spec_of(folds=folds, epochs=epochs, scheduler="asha"))
+    work = folds * epochs
+    rungs = [milestone for milestone, _ in scheduler._brackets[0]._rungs]
+    met = [min(k for k in range(1, work + 1) if 1000 * k / work >= m) for m in reversed(rungs)]
+    assert met[:2] == [1, 3]
 
 
 def test_pixels_of_every_combination_are_stored_once():
@@ -137,6 +163,8 @@ def test_trials_never_hold_more_threads_than_there_are_cpus():
     assert plan_slots(spec_of(), 2, 0, 2).max_concurrent == 2
     assert plan_slots(spec_of(cpus_per_trial=2), 5, 0, 4).max_concurrent == 2
     assert plan_slots(spec_of(max_concurrent=9), 4, 0, 4).max_concurrent == 4
+    assert plan_slots(spec_of(), 4, 1, 4).device == "cuda", "a GPU is used where there is one"
+    assert plan_slots(spec_of(gpus_per_trial=0), 4, 1, 4).device == "cpu"
     slots = plan_slots(spec_of(gpus_per_trial=0.5), 16, 1, 16)
     assert (slots.max_concurrent, slots.device) == (2, "cuda")
     with pytest.raises(UsageError, match="the largest node has 2"):
@@ -257,6 +285,13 @@ def test_noise_of_training_is_the_corrected_resampled_t_test():
     assert training_noise(np.array([[0.9], [0.1]]), num_folds=1) is None, "nothing to see"
 
 
+def test_two_equal_models_that_vary_are_rarely_told_apart_beside_many_that_do_not():
+    rng = np.random.default_rng(0)
+    spread_M1 = np.array([0.02, 0.02, *[0.002] * 16])[:, None]
+    draws = [training_noise(rng.normal(0.9, spread_M1, (18, 3)), num_folds=3) for _ in range(500)]
+    assert np.mean([p_MM[0, 1] < 0.05 for p_MM in draws]) < 0.1, "with one variance for all: 0.3"
+
+
 def test_holms_correction_is_that_of_the_textbook():
     p_MM = np.ones((3, 3))
     for (i, j), p in {(0, 1): 0.01, (0, 2): 0.04, (1, 2): 0.03}.items():
@@ -323,9 +358,10 @@ def test_the_leaderboard_puts_finished_before_stopped_before_failed():
 
 
 def test_reasons_begin_with_a_code():
-    assert reason_of(RunError("training diverged: nan")).startswith("not_finite: ")
+    assert reason_of(DivergedError("training diverged: nan")).startswith("not_finite: ")
     assert reason_of(MemoryError()).startswith("out_of_memory: ")
-    assert reason_of(RunError("a batch does not fit in the memory")).startswith("out_of_memory: ")
+    assert reason_of(BatchMemoryError("a batch does not fit")).startswith("out_of_memory: ")
+    assert reason_of(RuntimeError("an illegal memory access")).startswith("error: ")
     assert reason_of(RuntimeError("DefaultCPUAllocator: can't allocate memory")).startswith("out_")
     assert reason_of(ConfigError("no")).startswith("refused: ")
     assert reason_of(KeyError("x")).startswith("error: KeyError")

@@ -44,8 +44,17 @@ def test_the_last_epoch_is_kept_when_validation_is_to_choose_nothing():
     assert [f["kept_by"] for f in best.metrics] == [f["val_score"] for f in best.metrics]
     assert [f["kept_by"] for f in last.metrics] == [1, 2, 3, 4, 5, 6]
     assert [f["loss"] for f in best.metrics] == [f["loss"] for f in last.metrics]
-    with pytest.raises(ValidationError, match="keep: last"):
-        TrainSpec(keep="last", patience=2)
+    for setting in ({"patience": 2}, {"schedule": "plateau"}):
+        with pytest.raises(ValidationError, match="last` leaves out"):
+            TrainSpec(keep="last", **setting)
+
+
+def test_a_setting_that_every_stage_overrides_is_refused():
+    stages = [{"epochs": 1, "learning_rate": 0.1}, {"epochs": 1, "learning_rate": 0.01}]
+    with pytest.raises(ValidationError, match=r"no effect.*train\.stages\.0\.learning_rate"):
+        TrainSpec(stages=stages, learning_rate=0.5)
+    del stages[1]["learning_rate"]
+    assert TrainSpec(stages=stages, learning_rate=0.5).plan()[1].learning_rate == 0.5
 
 
 def test_a_diverging_run_says_so():

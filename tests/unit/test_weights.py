@@ -56,6 +56,20 @@ def test_a_changed_file_is_noticed(staged):
         check_weights(str(staged))
 
 
+def test_digests_are_read_as_sha256sum_writes_them_and_must_be_whole(staged):
+    sums = staged / "SHA256SUMS"
+    lines = sums.read_text().splitlines()
+    sums.write_text("".join(line.replace("  ", " *") + "\n" for line in lines))
+    assert check_weights(str(staged))["digests_compared"]
+    sums.write_text(lines[0] + "\n")
+    with pytest.raises(WeightsError, match="does not list"):
+        check_weights(str(staged))
+    sums.unlink()
+    (staged / "config.json").write_text("{}")
+    with pytest.raises(WeightsError, match="architecture"):
+        check_weights(str(staged))
+
+
 def test_tensors_that_do_not_fit_are_named(source, tmp_path):
     tensors = safetensors.torch.load_file(source / "model.safetensors")
     tensors["conv_stem.weight"] = torch.zeros(3, 3)
