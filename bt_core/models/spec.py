@@ -42,8 +42,8 @@ class HeadSpec(StrictModel):
     def _one_way(self) -> Self:
         if self.layers and (self.hidden or self.dropout is not None):
             raise ValueError(
-                "write hidden and dropout, or layers, not both; a layer is changed by its place, as "
-                "in model.head.layers.0.dropout"
+                "write hidden and dropout, or layers, not both; a layer is changed by its place, "
+                "as in model.head.layers.0.dropout"
             )
         return self
 
