@@ -37,7 +37,7 @@ class Resources:
 
 
 @contextmanager
-def session(num_cpus: int | None = None) -> Iterator[Resources]:
+def session(num_cpus: int | None = None, dashboard: bool = False) -> Iterator[Resources]:
     """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), or start Ray on this machine.
 
     A Ray that was running in this process already is used and left running. Ray itself protects a
@@ -47,13 +47,14 @@ def session(num_cpus: int | None = None) -> Iterator[Resources]:
     Args:
         num_cpus: logical CPUs of a local Ray; None takes all cores, and two at least, since an
             actor and the tasks that feed it need one each.
+        dashboard: give a local Ray its dashboard, ten processes more, which takes jobs too.
 
     Raises:
         UsageError: if the cluster cannot be reached.
     """
     started = not ray.is_initialized()
     if started:
-        _init(num_cpus)
+        _init(num_cpus, dashboard)
     try:
         resources = ray.cluster_resources()
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -91,7 +92,7 @@ def choose_device(device: str, resources: Resources) -> str:
     return device
 
 
-def _init(num_cpus: int | None) -> None:
+def _init(num_cpus: int | None, dashboard: bool) -> None:
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
@@ -103,7 +104,11 @@ def _init(num_cpus: int | None) -> None:
         # Ray ends idle processes over one for each CPU; the next step then waits for their imports.
         os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * cores))
         ray.init(
-            address="local", num_cpus=cores, logging_level=logging.WARNING, log_to_driver=False
+            address="local",
+            num_cpus=cores,
+            include_dashboard=dashboard,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
         )
     except (ConnectionError, RuntimeError) as error:
         if not address:

@@ -121,6 +121,8 @@ def output_folder(out: str, source: str) -> str:
         UsageError: if it is a file, or is or lies in the source, where results would be taken for
             scans the next time.
     """
+    if not source.strip():
+        raise UsageError("SOURCE is empty; give a folder, an archive, a list or a scan file")
     out, source = storage.absolute(out), storage.absolute(source)
     if not storage.is_uri(out) and not storage.is_uri(source):
         below = f"{os.path.realpath(out)}/".startswith(f"{os.path.realpath(source).rstrip('/')}/")

@@ -35,7 +35,7 @@ def ray_session(_environment):
 
     from cluster.session import session
 
-    with session(num_cpus=2) as resources:
+    with session(num_cpus=2, dashboard=True) as resources:
         yield resources
     assert not ray.is_initialized()
 

@@ -68,8 +68,6 @@ def list_scans(source: str, hash_key: bytes | None = None) -> Listing:
             whose members overlap (a bomb), or a list of which a row holds a secret.
         UsageError: if the URI cannot be opened, or holds a secret (`storage.refuse_secrets`).
     """
-    if not source.strip():
-        raise UsageError("SOURCE is empty; give a folder, an archive, a list or a scan file")
     storage.refuse_secrets(source)
     source = storage.absolute(source)
     given = limits()
