@@ -31,6 +31,10 @@ def run(
             help="Initial weights for the recipes whose backbone they fit. Give it several times.",
         ),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the sweep, as in --set folds=1."),
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Epochs of each training. [default: the sweep's]")
     ] = None,
@@ -65,7 +69,7 @@ def run(
         "time_budget_minutes": time_budget,
     }
     changed = {key: value for key, value in given.items() if value is not None}
-    spec = parse(SweepSpec, load_sweep(sweep).model_dump() | changed, sweep)
+    spec = parse(SweepSpec, load_sweep(sweep, settings or []).model_dump() | changed, sweep)
     dataset = Dataset(data)
     space = dataset.info.label_space
     found = candidates(spec, RECIPES, space.task)

@@ -87,6 +87,7 @@ def _axis(axes: Axes, x: int, values: Sequence[Any], is_log: bool) -> list[float
         places = {kind: (i + 0.5) / len(kinds) for i, kind in enumerate(kinds)}
         heights = [places[str(v)] for v in values]
         labels = {place: kind for kind, place in places.items()}
+    behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     for height, label in labels.items():
-        axes.text(x + 0.04, height, label, fontsize=8, va="center")
+        axes.text(x + 0.04, height, label, fontsize=8, va="center", bbox=behind)
     return heights

@@ -2,7 +2,7 @@
 
 import fnmatch
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from bt_core import storage
-from bt_core.config import OneOf, StrictModel, load_yaml, parse, with_values
+from bt_core.config import OneOf, StrictModel, apply_overrides, load_yaml, parse, with_values
 from bt_core.errors import ConfigError
 from bt_core.scans.preprocess import PreprocessSpec
 from bt_core.training.engine import SCORE
@@ -159,9 +159,13 @@ class Candidate:
         return parse(Recipe, with_values(self.content, point), f"recipe {self.name}")
 
 
-def load_sweep(location: str) -> SweepSpec:
-    """Load a sweep's YAML file; raises ConfigError with every fault."""
-    return parse(SweepSpec, load_yaml(location), location)
+def load_sweep(location: str, overrides: Sequence[str] = ()) -> SweepSpec:
+    """Load a sweep's YAML file, with `key=value` overrides applied.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    return parse(SweepSpec, apply_overrides(load_yaml(location), list(overrides)), location)
 
 
 def candidates(spec: SweepSpec, folder: Path, task: str) -> list[Candidate]:

@@ -87,6 +87,15 @@ def test_each_choice_is_checked_against_each_recipe_before_anything_runs():
         candidates(spec_of(fixed={"name.first": 1}), RECIPES, "four_class")
 
 
+def test_a_sweep_is_changed_by_overrides(tmp_path):
+    (tmp_path / "s.yaml").write_text("recipes: [cnn_small]\n")
+    fixed = "fixed={train.precision: bf16}"
+    spec = load_sweep(str(tmp_path / "s.yaml"), ["folds=1", fixed])
+    assert (spec.folds, spec.fixed) == (1, {"train.precision": "bf16"})
+    with pytest.raises(ConfigError, match="'folds'"):
+        load_sweep(str(tmp_path / "s.yaml"), ["fold=1"])
+
+
 def test_a_recipe_takes_the_sweeps_epochs_and_the_datasets_task_and_says_so():
     [one] = candidates(spec_of(epochs=2, fixed={"train.batch_size": 4}), RECIPES, "binary")
     recipe = one.recipe({"train.learning_rate": 0.5})
