@@ -11,6 +11,7 @@ import pytest
 from bt_core.scans.phantom import write_archive
 from jobs.cli import main
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a model hub; read when its client is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that share tiny tensors only wait
 SMALL = ["--set", "preprocess.size_px=48", "--set", "train.batch_size=8"]
 
@@ -74,6 +75,5 @@ def chain(ray_session, tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment():
-    """No test asks a model hub; a job that Ray starts as `python` finds this environment's."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    """A job that Ray starts as `python` finds this environment's."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
