@@ -17,6 +17,8 @@ from jobs.command import (
 from jobs.recipes_folder import RECIPES
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from bt_core.data.catalog import DatasetInfo
 
 
@@ -71,8 +73,6 @@ def run(
     _refuse_occupied(out, overwrite)
     key, key_is_kept = hash_key()
     listing = list_scans(source, key)  # a wrong path is answered before Ray is imported
-    import pyarrow.compute as pc
-
     from bt_core.data import copies
     from bt_core.data.catalog import Dataset, describe, label_refs
     from bt_core.data.families import FamilyStage
@@ -108,9 +108,7 @@ def run(
         storage.write_json(storage.join(out, "dataset.json"), info.model_dump(mode="json"))
     _print_summary(info)
     if previous is not None:
-        usable = catalog.filter(pc.not_equal(catalog["split"], ""))["pixel_sha256"].to_pylist()
-        num_kept = sum(digest in previous for digest in usable)
-        print(f"kept       {num_kept:>7} scans of {keep_splits}; {len(usable) - num_kept} are new")
+        _print_kept(catalog, previous, f"{keep_splits}")
     say_if_random(key_is_kept, catalog["patient"])
     if conflicts:
         docket_at = storage.join(out, "docket.csv")
@@ -134,6 +132,13 @@ def _print_summary(info: "DatasetInfo") -> None:
         print(f"left out   {count:>7} scans  ({reason}; see catalog.parquet)")
     for why, count in info.num_skipped.items():
         print(f"skipped    {count:>7} files  ({why})")
+
+
+def _print_kept(catalog: "pa.Table", previous: dict[str, str], earlier: str) -> None:
+    columns = catalog.select(["pixel_sha256", "split"]).to_pydict()
+    usable = [d for d, s in zip(columns["pixel_sha256"], columns["split"], strict=True) if s]
+    num_kept = sum(digest in previous for digest in usable)
+    print(f"kept       {num_kept:>7} scans of {earlier}; {len(usable) - num_kept} are new")
 
 
 def _refuse_occupied(out: str, overwrite: bool) -> None:

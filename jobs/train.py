@@ -74,9 +74,9 @@ def run(
             finished = train(loaded, dataset, out, scaling, trackers)
     curves = training_curves_png(finished.history())
     storage.write_bytes(storage.join(out, "curves.png"), curves)
-    best, metrics = finished.info.kept_epoch, finished.info.metrics
+    kept, metrics = finished.info.kept_epoch, finished.info.metrics
     print(
-        f"kept epoch {best}: validation accuracy {metrics['val_accuracy']:.4f}, macro F1 "
+        f"kept epoch {kept}: validation accuracy {metrics['val_accuracy']:.4f}, macro F1 "
         f"{metrics['val_macro_f1']:.4f} on {metrics['val_scans']:.0f} scans"
     )
     print(f"run in {out}")

@@ -10,6 +10,7 @@ from torch import nn
 
 from bt_core.errors import ConfigError
 from bt_core.models.backbones import Backbone, build_backbone
+from bt_core.models.cnn import initialise
 from bt_core.models.spec import HeadSpec, Init, ModelSpec
 from bt_core.scans.preprocess import PreprocessSpec
 
@@ -76,12 +77,7 @@ def build_head(num_features: int, num_classes: int, spec: HeadSpec) -> nn.Sequen
 
 def _linear(num_features: int, width: int, init: Init) -> nn.Linear:
     linear = nn.Linear(num_features, width)
-    if init == "he":
-        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-    elif init == "glorot":
-        nn.init.xavier_uniform_(linear.weight)
-    if init != "default":
-        nn.init.zeros_(linear.bias)
+    initialise(linear, init)
     return linear
 
 

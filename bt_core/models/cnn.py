@@ -6,6 +6,20 @@ from typing import Final
 import torch
 from torch import nn
 
+from bt_core.models.spec import Init
+
+
+def initialise(layer: nn.Linear | nn.Conv2d, init: Init) -> None:
+    """Draw a layer's weights anew as `HeadSpec.init` says; `default` leaves torch's own."""
+    if init == "default":
+        return
+    if init == "he":
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    else:
+        nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
 
 class ConvStack(nn.Module):
     """3x3 convolutions with ReLU, max pools and dropout in any order, as in classic CNNs.
@@ -26,7 +40,7 @@ class ConvStack(nn.Module):
         layers: Sequence[int | str | dict[str, float]],
         padding: str = "same",
         batch_norm: bool = False,
-        init: str = "default",
+        init: Init = "default",
         in_chans: int = 3,
     ) -> None:
         super().__init__()
@@ -49,10 +63,8 @@ class ConvStack(nn.Module):
                 raise ValueError(f"a layer is a number of channels, pool or dropout, not {layer!r}")
         self.features = nn.Sequential(*built)
         for module in built:
-            if init == "glorot" and isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Conv2d):
+                initialise(module, init)
 
     def forward_features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Return the last feature map (B, C, h, w), C channels of the last convolution."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from bt_core.models.classifier import Classifier
 from bt_core.models.inputs import Preprocessor
-from bt_core.training.learner import Learner, check_finite, explained_memory
+from bt_core.training.learner import Learner, explained_memory
 from bt_core.training.recipe import Recipe
 from bt_core.training.spec import TrainSpec
 
@@ -120,9 +120,7 @@ def fit(
             learner.load(state)
             best = state.get("best")
         while len(own) < stage.epochs and not stopped_early(own, train.patience):
-            figures, predictions = _epoch(
-                context, learner, preprocessor, stage, len(history) + 1, bool(train.stages)
-            )
+            figures, predictions = _epoch(context, learner, preprocessor, stage, len(history) + 1)
             figures["stage"] = number
             own.append(figures)
             history.append(figures)
@@ -193,7 +191,6 @@ def _epoch(
     preprocessor: Preprocessor,
     stage: TrainSpec,
     epoch: int,
-    staged: bool,
 ) -> tuple[dict[str, Any], Predictions]:
     """Train and validate once."""
     started = time.perf_counter()
@@ -203,7 +200,7 @@ def _epoch(
         own = _validate(context, learner.validated, preprocessor)
     predictions = context.gather(own)
     figures = {"epoch": epoch, **trained, **validation_figures(predictions)}
-    check_finite(figures["val_log_loss"], "validation log loss", epoch, stage, staged)
+    learner.check_finite(figures["val_log_loss"], "validation log loss", epoch)
     figures[KEPT] = figures[SCORE] if stage.keep == "best" else float(epoch)
     learner.end_epoch(figures[SCORE])
     figures["epoch_seconds"] = round(time.perf_counter() - started, 2)

@@ -139,7 +139,7 @@ class Learner:
                 num_images += sum(len(batch["label"]) for batch in group)
                 num_batches += len(group)
             mean_loss = self._context.mean(float(total_loss) / max(num_batches, 1))
-        check_finite(mean_loss, "loss", epoch, self._stage, bool(self._recipe.train.stages))
+        self.check_finite(mean_loss, "loss", epoch)
         seconds = time.perf_counter() - started
         return {
             "loss": mean_loss,
@@ -148,6 +148,24 @@ class Learner:
             "data_wait": waited / seconds,
             "memory_mib": _memory_mib(self._context.device),
         }
+
+    def check_finite(self, loss: float, what: str, epoch: int) -> None:
+        """Raise DivergedError, which names `what` and the epoch, unless a loss is finite."""
+        if math.isfinite(loss):
+            return
+        stage, clip = self._stage, self._stage.gradient_clip_norm
+        staged = bool(self._recipe.train.stages)
+        key = "learning_rate of that stage" if staged else "train.learning_rate"
+        advice = (
+            "set train.gradient_clip_norm=1" if clip is None else f"gradient_clip_norm ({clip:g})"
+        )
+        automatic = stage.precision == "auto" and torch.cuda.is_available()
+        narrow = stage.precision == "fp16" or automatic
+        fp16 = ", or set train.precision=fp32" if narrow else ""
+        raise DivergedError(
+            f"training diverged: the {what} of epoch {epoch} is {loss}; lower {key} "
+            f"({stage.learning_rate:g}) or {advice}{fp16}; then give --overwrite or another -o"
+        )
 
     def end_epoch(self, score: float) -> None:
         """Tell a schedule that follows the validation score what it was."""
@@ -204,29 +222,6 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         whole = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if whole else torch.float16
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def check_finite(value: float, what: str, epoch: int, stage: TrainSpec, staged: bool) -> None:
-    """Raise DivergedError unless the value is finite.
-
-    Args:
-        value: of a loss.
-        what: its name.
-        epoch: from 1.
-        stage: settings of the stage that it belongs to.
-        staged: whether the recipe has stages of its own.
-    """
-    if math.isfinite(value):
-        return
-    key = "learning_rate of that stage" if staged else "train.learning_rate"
-    clip = stage.gradient_clip_norm
-    advice = "set train.gradient_clip_norm=1" if clip is None else f"gradient_clip_norm ({clip:g})"
-    narrow = stage.precision == "fp16" or (stage.precision == "auto" and torch.cuda.is_available())
-    fp16 = ", or set train.precision=fp32" if narrow else ""
-    raise DivergedError(
-        f"training diverged: the {what} of epoch {epoch} is {value}; lower {key} "
-        f"({stage.learning_rate:g}) or {advice}{fp16}; then give --overwrite or another -o"
-    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
