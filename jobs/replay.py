@@ -18,8 +18,9 @@ def run(
     from bt_core.config import parse
     from bt_core.data.catalog import Dataset
     from bt_core.data.views import ensure_view
+    from bt_core.models.run import environment
     from bt_core.training.recipe import Recipe
-    from bt_core.training.trial import differences, environment, read_records, replay
+    from bt_core.training.trial import differences, read_records, replay
     from cluster.session import session
 
     out = storage.absolute(out)
@@ -38,7 +39,8 @@ def run(
         return EXIT_OK
     print("\n".join(found))
     now = environment()
-    others = [f"{k} {v} (now {now.get(k)})" for k, v in record.environment.items() if now[k] != v]
+    was = record.environment
+    others = [f"{k} {v} (now {now.get(k, 'none')})" for k, v in was.items() if now.get(k) != v]
     print(f"{len(found)} figures differ; trained with: {', '.join(others) or 'equal versions'}")
     return EXIT_FAILED
 

@@ -126,11 +126,9 @@ def _conclude(job: "Job", dataset: "Dataset") -> int:
     records = records_of(out)
     lines = "".join(record.model_dump_json() + "\n" for record in records)
     storage.write_bytes(storage.join(out, "trials.jsonl"), lines.encode())
-    predictions = {
-        record.trial_id: read_predictions(out, record.trial_id)
-        for record in records
-        if record.status == "finished"
-    }
+    finished = [record.trial_id for record in records if record.status == "finished"]
+    tables = {trial_id: read_predictions(out, trial_id) for trial_id in finished}
+    predictions = {trial_id: table for trial_id, table in tables.items() if table is not None}
     columns = dataset.catalog().select(["scan_id", "group"]).to_pydict()
     group_of = dict(zip(columns["scan_id"], columns["group"], strict=True))
     rows = board.leaderboard(records, predictions, group_of, spec)
@@ -144,6 +142,10 @@ def _conclude(job: "Job", dataset: "Dataset") -> int:
     storage.write_table(storage.join(out, "leaderboard.parquet"), table)
     trained, planned = sum(record.num_epochs for record in records), _planned_epochs(records)
     print(f"{trained} of {planned} epochs trained; leaderboard in {out}/leaderboard.html")
+    total = spec.num_trials(len(job.candidates))
+    begun = sum(record.status == "failed" or bool(record.fits) for record in records)
+    if begun < total:
+        print(f"{total - begun} of {total} trials had not begun when the time budget ended")
     if not predictions:
         raise UsageError(f"no trial of {out} was finished; its leaderboard has the reasons")
     print(f"train the best with: bt train --recipe {out}/best.yaml --data {dataset.location}")

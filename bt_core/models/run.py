@@ -11,13 +11,15 @@
     started.json, checkpoints/   for resuming; not needed afterwards
 """
 
+import platform
+from importlib.metadata import version
 from typing import Any, Final
 
 import pyarrow as pa
 import safetensors.torch
 import torch
 
-from bt_core import storage
+from bt_core import __version__, storage
 from bt_core.config import StrictModel, parse
 from bt_core.errors import ConfigError, UsageError
 from bt_core.labels import LabelSpace
@@ -25,6 +27,16 @@ from bt_core.models.spec import ModelSpec
 from bt_core.scans.preprocess import PreprocessSpec
 
 HISTORY_FILE: Final = "history.jsonl"
+_PACKAGES: Final = ("ray", "torch", "torchvision", "timm", "numpy", "opencv-python-headless")
+
+
+def environment() -> dict[str, str]:
+    """Return what decides a training's numbers beside its settings: versions, kind of processor."""
+    own = {"bt": __version__, "python": platform.python_version()}
+    kinds = {"cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+    if torch.cuda.is_available():
+        kinds["gpu"] = torch.cuda.get_device_name()
+    return own | kinds | {package: version(package) for package in _PACKAGES}
 
 
 class RunInfo(StrictModel):

@@ -2,13 +2,11 @@
 
 import math
 import os
-import platform
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Final
 
 import pyarrow as pa
@@ -26,7 +24,7 @@ from bt_core.errors import DatasetError, RunError, UsageError
 from bt_core.log import logger
 from bt_core.models.classifier import build_classifier
 from bt_core.models.inputs import Preprocessor
-from bt_core.models.run import HISTORY_FILE, Run, RunInfo, read_history
+from bt_core.models.run import HISTORY_FILE, Run, RunInfo, environment, read_history
 from bt_core.training.engine import KEPT, progress_line
 from bt_core.training.recipe import Recipe
 from bt_core.training.stages import check_stages
@@ -44,7 +42,6 @@ _ALLOCATOR: Final = {
 }
 """Ray Train runs the loop in a thread, where glibc gives large tensors back to the system and pages
 them in again. Kept in one arena, MobileNetV2 at 128 px trained at 88 instead of 75 images/s."""
-_PACKAGES: Final = ("ray", "torch", "torchvision", "timm", "numpy", "opencv-python-headless")
 
 
 @dataclass(frozen=True)
@@ -270,7 +267,7 @@ def _finish(
         num_workers=scaling.num_workers,
         device=scaling.device,
         seconds=round(seconds, 1),
-        environment={"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},
+        environment=environment(),
     )
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
     digests = pa.table({"pixel_sha256": dataset.split("train")["pixel_sha256"].unique()})

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
+import pyarrow as pa
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
@@ -30,6 +31,7 @@ from bt_core.training.sweep_job import (
     Job,
     begin,
     drop_all_but,
+    read_predictions,
     read_record,
     write_predictions,
     write_record,
@@ -167,7 +169,8 @@ def _trial(config: dict[str, Any], job: Job) -> None:
     if record is not None and record.status in ("finished", "failed"):  # Tune did not see its end
         tune.report(_figures(record, 1.0))
         return
-    record = begin(config, job, trial_id)
+    done = read_predictions(job.location, trial_id) if record is not None else None
+    record = record or begin(config, job, trial_id)
     write_record(job.location, record)
     share_done = 0.0
 
@@ -178,10 +181,12 @@ def _trial(config: dict[str, Any], job: Job) -> None:
         if share < 1:  # the end is reported when all is written
             tune.report(_figures(so_far, share))
 
+    def on_fit(predictions: pa.Table) -> None:
+        write_predictions(job.location, trial_id, predictions)
+
     if record.status != "failed":
         try:
-            record, predictions = run_trial(record, Dataset(job.dataset), on_epoch)
-            write_predictions(job.location, trial_id, predictions)
+            record = run_trial(record, Dataset(job.dataset), on_epoch, on_fit, done)
             share_done = 1.0
         except Exception as error:
             record = record.model_copy(update={"status": "failed", "reason": reason_of(error)})
@@ -229,19 +234,20 @@ def _settle(job: Job, trials: Sequence[Any]) -> None:
         if record is not None and record.status != "running":
             continue
         if trial.status == "ERROR":
-            record = record or begin(trial.config, job, trial.trial_id)
             update = {"status": "failed", "reason": _reason_of_death(trial)}
-        elif trial.status == "TERMINATED" and record is not None:
-            by = " or ".join(_stoppers(job.spec)) or "Ray Tune"
-            update = {"status": "stopped", "reason": f"stopped early by {by}"}
+        elif trial.status == "TERMINATED":
+            update = {"status": "stopped", "reason": _reason_of_stop(trial, job.spec)}
         else:
             continue  # it goes on when the command is given again
+        record = record or begin(trial.config, job, trial.trial_id)
         write_record(job.location, record.model_copy(update=update))
 
 
-def _stoppers(spec: SweepSpec) -> list[str]:
-    budget = ["the time budget"] if spec.time_budget_minutes else []
-    return budget if spec.scheduler == "none" else [spec.scheduler, *budget]
+def _reason_of_stop(trial: Any, spec: SweepSpec) -> str:
+    """Tell the scheduler's decision, which marks the result that it rests on, from the others."""
+    if spec.scheduler != "none" and trial.last_result.get("done"):
+        return f"stopped early by {spec.scheduler}"
+    return "the time budget ended" if spec.time_budget_minutes else "stopped by Ray Tune"
 
 
 def _reason_of_death(trial: Any) -> str:

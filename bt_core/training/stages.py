@@ -35,6 +35,24 @@ def check_stages(model: Classifier, train: TrainSpec) -> None:
         _chosen(model.backbone, stage.trainable)
 
 
+def has_idle_weights(model: Classifier, image_shape: tuple[int, int, int]) -> bool:
+    """Return whether some weights that have gradients take no part in the logits.
+
+    A head that flattens, for one, goes round what the backbone has behind its feature map.
+
+    Args:
+        model: the classifier, anywhere.
+        image_shape: channels, height and width of its input.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    model.eval()  # or batch norm would take the image into its statistics
+    logits_1K = model(torch.zeros(1, *image_shape, device=trained[0].device))
+    model.train(was_training)
+    gradients = torch.autograd.grad(logits_1K.sum(), trained, allow_unused=True)
+    return any(gradient is None for gradient in gradients)
+
+
 def train_mode(wrapped: nn.Module, model: Classifier) -> None:
     """Switch to training, but for frozen parts: their norms use the statistics that they have."""
     wrapped.train()

@@ -2,6 +2,7 @@
 
 import fnmatch
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,9 @@ class SweepSpec(StrictModel):
     description: str = ""
     recipes: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names of recipes, with * and ? for any letters, or .yaml files."""
+    backbones: tuple[str, ...] = ()
+    """Each takes the place of every recipe's own, with its own input size where the recipe states
+    none; without any, recipes keep theirs."""
     fixed: dict[str, Any] = Field(default_factory=dict)
     """Dotted recipe key to the value that it has in every trial."""
     space: dict[str, Dimension] = Field(default_factory=dict)
@@ -115,6 +119,11 @@ class SweepSpec(StrictModel):
                 f"{', '.join(pixels)}: preprocessing is searched by choices, since the pixels of "
                 "each are stored before the sweep"
             )
+        if "model.backbone" in {*self.fixed, *self.space}:
+            raise ValueError(
+                "list backbones in the sweep's own `backbones`, not as model.backbone, so that "
+                "each gets its own input size and initial weights"
+            )
         owned = {"name", "task", "train.seed"} | ({"train.epochs"} if self.epochs else set())
         wrong = sorted(owned & {*self.fixed, *self.space})
         if wrong:
@@ -125,6 +134,13 @@ class SweepSpec(StrictModel):
     def fits(self) -> list[tuple[int, int]]:
         """Fold and seed of every training in a trial, in order."""
         return [(fold, seed) for seed in self.seeds for fold in range(self.folds)]
+
+    def num_trials(self, num_candidates: int) -> int:
+        """Return the number of trials, for that many recipes (times backbones)."""
+        if self.search != "grid":
+            return self.num_samples * num_candidates
+        values = (dimension.values() or () for dimension in self.space.values())
+        return math.prod(map(len, values)) * num_candidates
 
     @property
     def digest(self) -> str:
@@ -180,8 +196,7 @@ def candidates(spec: SweepSpec, folder: Path, task: str) -> list[Candidate]:
         ConfigError: if a recipe does not exist or does not validate.
     """
     found = []
-    for name in _names(spec, folder):
-        recipe = load_recipe(name, folder)
+    for recipe in _recipes(spec, folder):
         values = {**spec.fixed, "task": task}
         notes = [] if recipe.task == task else [f"for {task} here, {recipe.task} in its file"]
         if spec.epochs is not None:
@@ -225,6 +240,16 @@ def _pixel_points(spec: SweepSpec) -> Iterator[dict[str, Any]]:
     keys = [key for key in spec.space if key.startswith("preprocess.")]
     for values in itertools.product(*(spec.space[key].values() or () for key in keys)):
         yield dict(zip(keys, values, strict=True))
+
+
+def _recipes(spec: SweepSpec, folder: Path) -> Iterator[Recipe]:
+    """Yield the recipes as in their files, or once with each backbone of the sweep."""
+    for name in _names(spec, folder):
+        if not spec.backbones:
+            yield load_recipe(name, folder)
+        for backbone in spec.backbones:
+            recipe = load_recipe(name, folder, [f"model.backbone={backbone}"])
+            yield recipe.model_copy(update={"name": f"{recipe.name}-{backbone}"})
 
 
 def _names(spec: SweepSpec, folder: Path) -> list[str]:

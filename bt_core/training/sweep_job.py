@@ -1,7 +1,7 @@
 """What all trials of a sweep share: their place in the cluster, and their records on disk.
 
-A trial's folder is `trials/ID` below the sweep's, with its record and, once it is finished, its
-validation predictions.
+A trial's folder is `trials/ID` below the sweep's, with its record and the validation predictions
+of the trainings that it has finished.
 """
 
 import json
@@ -15,8 +15,9 @@ from bt_core import storage
 from bt_core.config import parse, with_values
 from bt_core.data.catalog import Dataset
 from bt_core.errors import ConfigError, UsageError
+from bt_core.models.run import environment
 from bt_core.training.sweep import Candidate, SweepSpec
-from bt_core.training.trial import TrialRecord, environment, reason_of
+from bt_core.training.trial import TrialRecord, reason_of
 
 RECIPE_KEY: Final = "recipe"
 """Where a search puts the name of the recipe, beside the dotted keys of the space."""
@@ -135,10 +136,13 @@ def drop_all_but(location: str, trial_ids: set[str]) -> None:
 
 
 def write_predictions(location: str, trial_id: str, table: pa.Table) -> None:
-    """Write a finished trial's validation predictions."""
+    """Write the validation predictions of the trainings that a trial has finished."""
     storage.write_table(storage.join(location, _TRIALS, trial_id, _PREDICTIONS), table)
 
 
-def read_predictions(location: str, trial_id: str) -> pa.Table:
-    """Return a finished trial's validation predictions."""
-    return storage.read_table(storage.join(location, _TRIALS, trial_id, _PREDICTIONS))
+def read_predictions(location: str, trial_id: str) -> pa.Table | None:
+    """Return the validation predictions of a trial, or None if no training of it was finished."""
+    try:
+        return storage.read_table(storage.join(location, _TRIALS, trial_id, _PREDICTIONS))
+    except FileNotFoundError:
+        return None

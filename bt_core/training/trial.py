@@ -1,9 +1,7 @@
 """One trial of a sweep: folds x seeds of one recipe, with a record that can train it again."""
 
-import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from statistics import fmean
 from typing import Any, Final, Literal
 
@@ -11,7 +9,7 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 
-from bt_core import __version__, storage
+from bt_core import storage
 from bt_core.config import StrictModel, parse
 from bt_core.data.catalog import Dataset
 from bt_core.errors import ConfigError, UsageError, WeightsError
@@ -24,7 +22,6 @@ from bt_core.training.learner import DivergedError, is_out_of_memory
 from bt_core.training.recipe import Recipe
 from bt_core.training.sweep import Candidate
 
-_PACKAGES: Final = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless")
 REPLAYED: Final = ("epoch", "loss", "learning_rate", "val_scans", "val_accuracy", "val_macro_f1",
                    "val_log_loss", SCORE)  # fmt: skip
 """Figures of an epoch that do not depend on how fast it went."""
@@ -78,30 +75,28 @@ class TrialRecord(StrictModel):
         return fmean(trained) if trained else None
 
 
-def environment() -> dict[str, str]:
-    """Return the versions that decide a trial's numbers."""
-    return {"bt": __version__, "python": platform.python_version()} | {
-        package: version(package) for package in _PACKAGES
-    }
-
-
 def run_trial(
     record: TrialRecord,
     dataset: Dataset,
     on_epoch: Callable[[TrialRecord, float], None],
-) -> tuple[TrialRecord, pa.Table]:
+    on_fit: Callable[[pa.Table], None] = lambda predictions: None,
+    done: pa.Table | None = None,
+) -> TrialRecord:
     """Train a trial's folds and seeds, one after another.
 
     Args:
-        record: what to train; its fits are trained anew.
+        record: what to train.
         dataset: prepared scans.
         on_epoch: is given the record so far and the share of the work that is done, in (0, 1]. A
             trial goes through folds in the same order as all others, so that two trials of equal
             share are compared on the same folds.
+        on_fit: is given, behind each training, the validation predictions of the kept epochs of
+            all trainings so far: scan_id, label, logits, fold, seed.
+        done: what `on_fit` was given when the trial was interrupted. The record's trainings that
+            it holds are kept; all others are trained from their start.
 
     Returns:
-        The finished record, and the validation predictions of each training's kept epoch:
-        scan_id, label, logits, fold, seed.
+        The finished record.
 
     Raises:
         ConfigError, WeightsError, RunError: if it cannot be trained.
@@ -112,14 +107,19 @@ def run_trial(
     view = storage.join(dataset.location, "views", record.view)
     rows = load_rows(dataset, view, record.num_folds)
     planned = [(fold, seed) for seed in record.seeds for fold in range(record.num_folds)]
-    fits: list[FitRecord] = []
-    tables: list[pa.Table] = []
+    tables = [] if done is None else [done]
+    trained = {
+        (row["fold"], row["seed"])
+        for table in tables
+        for row in table.select(["fold", "seed"]).to_pylist()
+    }
+    fits = [one for one in record.fits if (one.fold, one.seed) in trained]
 
     def so_far(**update: Any) -> TrialRecord:
-        seconds = round(time.perf_counter() - started, 1)
+        seconds = round(record.seconds + time.perf_counter() - started, 1)
         return record.model_copy(update={"fits": list(fits), "seconds": seconds, **update})
 
-    for fold, seed in planned:
+    for fold, seed in planned[len(fits) :]:
         fits.append(FitRecord(fold=fold, seed=seed))
 
         def report(figures: dict[str, Any]) -> None:
@@ -131,7 +131,8 @@ def run_trial(
         seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
         kept = train_fold(seeded, rows, fold, torch.device(record.device), report)
         tables.append(_table(kept, fold, seed))
-    return so_far(status="finished"), pa.concat_tables(tables)
+        on_fit(pa.concat_tables(tables))
+    return so_far(status="finished")
 
 
 def _table(predictions: Predictions, fold: int, seed: int) -> pa.Table:
@@ -247,7 +248,8 @@ def replay(record: TrialRecord, dataset: Dataset) -> TrialRecord:
             raise _Enough(so_far)
 
     try:
-        return run_trial(record.model_copy(update={"status": "running"}), dataset, on_epoch)[0]
+        bare = record.model_copy(update={"status": "running", "fits": [], "seconds": 0.0})
+        return run_trial(bare, dataset, on_epoch)
     except _Enough as enough:
         return enough.record
 

@@ -35,6 +35,7 @@ from bt_core.training.engine import (
 )
 from bt_core.training.learner import DivergedError
 from bt_core.training.recipe import Recipe
+from bt_core.training.stages import has_idle_weights
 
 STATE_FILE, PREDICTIONS_FILE = "state.pt", "validation.parquet"
 PARTIAL_PREFIX: Final = ".partial_"
@@ -53,9 +54,17 @@ class RayContext:
         num_scans: number of training scans.
         batch_size: scans per step over all workers.
         seed: of the order of the scans.
+        image_shape: channels, height and width of the model's input.
     """
 
-    def __init__(self, history: str, num_scans: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        history: str,
+        num_scans: int,
+        batch_size: int,
+        seed: int,
+        image_shape: tuple[int, int, int],
+    ) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
@@ -63,6 +72,7 @@ class RayContext:
         self._batch_size = worker_batch_size(num_scans, batch_size, self.world_size)
         self._seed = seed
         self._history = history
+        self._image_shape = image_shape
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         """Stream this worker's shard; a buffer shuffles rows that are stored in random order."""
@@ -92,7 +102,10 @@ class RayContext:
 
     def wrap(self, model: Classifier) -> nn.Module:
         """Move the model to the device and, with several workers, into DDP."""
-        wrapped: nn.Module = ray.train.torch.prepare_model(model)
+        idle = self.world_size > 1 and has_idle_weights(model, self._image_shape)
+        wrapped: nn.Module = ray.train.torch.prepare_model(
+            model, parallel_strategy_kwargs={"find_unused_parameters": idle}
+        )
         return wrapped
 
     def gather(self, own: Predictions) -> Predictions:
@@ -202,8 +215,9 @@ def train_loop(config: dict[str, Any]) -> str | None:
     recipe = parse(Recipe, config["recipe"], "recipe")
     torch.manual_seed(recipe.train.seed)
     model, _, preprocess = build_classifier(recipe.model, recipe.preprocess, config["num_classes"])
-    counts, train = config["class_counts"], recipe.train
-    place = RayContext(config["history"], sum(counts), train.batch_size, train.seed)
+    counts, train, side = config["class_counts"], recipe.train, preprocess.size_px
+    shape = (preprocess.channels, side, side)
+    place = RayContext(config["history"], sum(counts), train.batch_size, train.seed, shape)
     try:
         fit(place, model, recipe, Preprocessor(preprocess), counts)
     except RunError as error:

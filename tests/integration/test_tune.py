@@ -7,6 +7,7 @@ import threading
 import time
 
 import psutil
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -15,8 +16,8 @@ from bt_core.data.catalog import Dataset
 from bt_core.data.seal import openings
 from bt_core.training.launch import check_settings
 from bt_core.training.recipe import load_recipe
-from bt_core.training.sweep_job import records_of
-from bt_core.training.trial import read_records
+from bt_core.training.sweep_job import read_predictions, records_of
+from bt_core.training.trial import differences, read_records, run_trial
 from jobs.recipes_folder import RECIPES
 from tests.conftest import bt
 
@@ -127,6 +128,60 @@ def test_a_trial_replays_from_its_record_to_the_same_figures(swept, capfd):
     assert bt("replay", out, record.trial_id) == 1
     assert "1 figures differ" in capfd.readouterr().out
     assert bt("replay", out, "nonesuch") == 2
+
+
+def test_an_interrupted_trial_goes_on_behind_the_folds_that_it_finished(swept, chain):
+    out = str(swept[0])
+    whole = next(r for r in records_of(out) if r.status == "finished")
+    predictions = read_predictions(out, whole.trial_id)
+    half = whole.fits[1].model_copy(update={"epochs": whole.fits[1].epochs[:1]})
+    broken = whole.model_copy(update={"status": "running", "fits": [whole.fits[0], half]})
+    shares, kept = [], []
+    again = run_trial(
+        broken,
+        Dataset(str(chain.data)),
+        lambda so_far, share: shares.append(share),
+        kept.append,
+        predictions.filter(pc.equal(predictions["fold"], 0)),
+    )
+    assert shares == [0.75, 1.0]
+    assert (again.status, len(again.fits)) == ("finished", 2)
+    assert differences(whole, again) == []
+    assert kept[-1].equals(predictions)
+
+
+def test_optuna_chooses_and_asha_stops_and_the_leaderboard_says_so(chain, tmp_path, capfd):
+    space = {
+        "train.learning_rate": {"log_uniform": [1.0e-5, 0.03]},
+        "train.batch_size": {"int_range": [6, 9]},
+        "model.head.dropout": {"choice": [0.0, 0.5]},
+    }
+    fixed = {k: v for k, v in SWEEP["fixed"].items() if k not in space}
+    settings = {"search": "optuna", "num_samples": 5, "scheduler": "asha", "reduction_factor": 2}
+    sweep = write(tmp_path / "sweep.yaml", fixed=fixed, space=space, **settings)
+    assert bt("tune", sweep, "--data", chain.data, "-o", tmp_path / "out") == 0
+    rows = pq.read_table(tmp_path / "out" / "leaderboard.parquet").to_pylist()
+    assert len(rows) == 5
+    outcomes = {(row["status"], row["reason"]) for row in rows}
+    assert outcomes == {("finished", ""), ("stopped", "stopped early by asha")}
+    assert all(row["num_epochs"] < 4 for row in rows if row["status"] == "stopped")
+    assert len({row["train.learning_rate"] for row in rows}) == 5
+    assert {row["train.batch_size"] for row in rows} <= {6, 7, 8, 9}
+    assert "had not begun" not in capfd.readouterr().out
+
+
+def test_a_time_budget_ends_the_sweep_and_says_what_never_began(chain, tmp_path, capfd):
+    space = {"train.weight_decay": {"choice": [0.01, 0.02, 0.03]}}
+    sweep = write(tmp_path / "sweep.yaml", space=space, search="grid", epochs=2000)
+    out = tmp_path / "out"
+    assert bt("tune", sweep, "--data", chain.data, "-o", out, "--time-budget", "0.2") == 2
+    said = capfd.readouterr()
+    assert "2 of 3 trials had not begun when the time budget ended" in said.out
+    assert "no trial of" in said.err
+    rows = pq.read_table(out / "leaderboard.parquet").to_pylist()
+    assert {(row["status"], row["reason"]) for row in rows} == {
+        ("stopped", "the time budget ended")
+    }
 
 
 def test_a_trial_whose_process_is_killed_fails_alone(chain, tmp_path):

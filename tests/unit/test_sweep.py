@@ -56,6 +56,8 @@ CHOICE = {"train.learning_rate": {"choice": [0.1, 0.01]}}
         ({"space": {"preprocess.size_px": {"uniform": [32, 64]}}}, "stored before the sweep"),
         ({"space": {"train.seed": {"choice": [0, 1]}}}, "set by the sweep itself"),
         ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"fixed": {"model.backbone": "resnet18"}}, "sweep's own `backbones`"),
+        ({"space": {"model.backbone": {"choice": ["resnet18"]}}}, "sweep's own `backbones`"),
         ({"metric": "test_accuracy"}, "metric"),
     ],
 )
@@ -104,6 +106,32 @@ def test_a_recipe_takes_the_sweeps_epochs_and_the_datasets_task_and_says_so():
     assert one.notes == ["for binary here, four_class in its file"]
 
 
+def test_backbones_compete_each_at_its_own_input_size(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {backbone: resnet18, weights: none}\n")
+    spec = spec_of(recipes=[str(path)], backbones=["vit_tiny_r_s16_p8_384", "test_vit", "resnet18"])
+    sizes = [(c.name, c.recipe({}).preprocess.size_px) for c in candidates(spec, RECIPES, "binary")]
+    assert sizes == [
+        ("mine-vit_tiny_r_s16_p8_384", 384), ("mine-test_vit", 160), ("mine-resnet18", 224)
+    ]  # fmt: skip
+    twice = spec_of(recipes=[str(path)], backbones=["resnet18", "resnet18"])
+    with pytest.raises(ConfigError, match="two are named mine-resnet18"):
+        candidates(twice, RECIPES, "binary")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"space": CHOICE, "num_samples": 5}, 15),
+        ({"space": CHOICE, "num_samples": 5, "search": "optuna"}, 15),
+        ({"space": {**CHOICE, "a": {"int_range": [1, 4]}}, "search": "grid"}, 24),
+        ({}, 3),
+    ],
+)
+def test_the_number_of_trials_is_known_before(content, expected):
+    assert spec_of(**content).num_trials(3) == expected
+
+
 def test_weights_that_cannot_be_had_are_an_error_or_a_note(tmp_path):
     fixed = {"model.weights": f"local-dir:{tmp_path}"}
     spec = spec_of(recipes=["mobilenetv2"], fixed=fixed)
@@ -125,10 +153,11 @@ def test_weights_of_a_sweep_must_be_whole_and_fit_some_recipe(tmp_path):
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     with pytest.raises(WeightsError, match="mobilenetv2_050, which no recipe"):
         with_weights(found, [f"local-dir:{tmp_path}"], "none", 4)
-    fixed = {"model.backbone": "mobilenetv2_050"}
-    found = candidates(spec_of(recipes=["mobilenetv2"], fixed=fixed), RECIPES, "four_class")
-    [one] = with_weights(found, [f"local-dir:{tmp_path}"], "error", 4)
-    assert one.recipe({}).model.weights == f"local-dir:{tmp_path}"
+    both = spec_of(recipes=["mobilenetv2"], backbones=["mobilenetv2_050", "test_vit"])
+    found = candidates(both, RECIPES, "four_class")
+    own, other = with_weights(found, [f"local-dir:{tmp_path}"], "none", 4)
+    assert other.recipe({}).model.weights == "none"
+    assert own.recipe({}).model.weights == f"local-dir:{tmp_path}"
 
 
 @pytest.mark.parametrize(("folds", "epochs"), [(3, 2), (3, 6), (5, 3), (3, 9)])

@@ -18,6 +18,7 @@ from bt_core.training.stages import (
     build_optimizer,
     build_schedule,
     check_stages,
+    has_idle_weights,
     select_trainable,
     train_mode,
 )
@@ -42,6 +43,21 @@ def trainable_names(model):
 def assert_equal_states(one, two):
     assert one.keys() == two.keys()
     assert not [name for name in one if not torch.equal(one[name], two[name])]
+
+
+@pytest.mark.parametrize(("pool", "idle"), [("backbone", False), ("flatten", True)])
+def test_weights_that_take_no_part_are_found_so_that_several_workers_do_not_wait(pool, idle):
+    """MobileNetV3 has a layer behind its feature map, which a flattening head goes round."""
+    spec = ModelSpec(
+        backbone="mobilenetv3_small_050", weights="none", head=HeadSpec(pool=pool, dropout=0.2)
+    )
+    model = build_classifier(spec, PreprocessSpec(size_px=32), 4)[0].train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert has_idle_weights(model, (3, 32, 32)) == idle
+    assert_equal_states(model.state_dict(), before)
+    assert model.training
+    select_trainable(model, "head")
+    assert not has_idle_weights(model, (3, 32, 32))
 
 
 @pytest.mark.parametrize(
