@@ -33,6 +33,21 @@ def ensure_view(dataset: Dataset, spec: PreprocessSpec) -> str:
     location = storage.join(dataset.location, "views", name)
     if storage.exists(storage.join(location, "view.json")):
         return location
+    beside = storage.join(dataset.location, "views", f"{name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        _write_view(beside, dataset, spec)
+    except BaseException:  # an interrupt as well: gigabytes may have been written
+        storage.remove_dir(beside)
+        raise
+    if storage.exists(storage.join(location, "view.json")):  # another command was faster
+        storage.remove_dir(beside)
+        return location
+    storage.remove_dir(location)
+    storage.move_dir(beside, location)
+    return location
+
+
+def _write_view(location: str, dataset: Dataset, spec: PreprocessSpec) -> None:
     catalog = dataset.catalog()
     used = np.flatnonzero(np.array(catalog["split"].to_pylist()) != "")
     order = np.random.default_rng(dataset.info.plan.seed).permutation(used)
@@ -41,7 +56,6 @@ def ensure_view(dataset: Dataset, spec: PreprocessSpec) -> str:
     refs = rows.select(["scan_id", "uri", "member", "position", "split", "pixel_sha256"])
     refs = refs.rename_columns({"pixel_sha256": "expected"})
     refs = refs.append_column("label", pa.array(index, pa.int64()))
-    beside = storage.join(dataset.location, "views", f"{name}.{uuid.uuid4().hex[:8]}.tmp")
     streamed, _ = split_streamed(refs)
     if streamed:  # these come in the order of their archive, which may go class by class
         refs = refs.append_column("rank", pa.array(range(refs.num_rows), pa.int64()))
@@ -50,21 +64,14 @@ def ensure_view(dataset: Dataset, spec: PreprocessSpec) -> str:
         views = decoded.map_batches(_view_rows, batch_size=_SHARD_ROWS, max_retries=MAX_RETRIES)
         views = views.sort("rank").drop_columns(["rank"]) if streamed else views
         views.write_parquet(
-            beside,
+            location,
             partition_cols=["split"],
             mode="append",
             ray_remote_args={"max_retries": MAX_RETRIES},
         )
-    written = storage.read_table(beside, columns=["scan_id"])
-    check_rows(refs, written)
-    if storage.exists(storage.join(location, "view.json")):  # another command was faster
-        storage.remove_dir(beside)
-        return location
+    check_rows(refs, storage.read_table(location, columns=["scan_id"]))
     view = {"preprocess": spec.model_dump(), "num_scans": len(order)}
-    storage.write_json(storage.join(beside, "view.json"), view)
-    storage.remove_dir(location)
-    storage.move_dir(beside, location)
-    return location
+    storage.write_json(storage.join(location, "view.json"), view)
 
 
 def read_view(view: str, split: str) -> ray.data.Dataset:

@@ -19,11 +19,13 @@ import ray
 import torch
 
 from bt_core.data import pipeline
-from bt_core.data.catalog import ref_columns
+from bt_core.data.catalog import Dataset, ref_columns
 from bt_core.data.decode_stage import DecodeStage
+from bt_core.data.views import ensure_view
 from bt_core.models.run import Run, read_history
 from bt_core.scans.archives import list_scans
 from bt_core.scans.phantom import phantom_slice
+from bt_core.scans.preprocess import PreprocessSpec
 from tests.conftest import SMALL, bt, bt_process
 
 pytestmark = pytest.mark.integration
@@ -187,6 +189,10 @@ def test_a_source_that_changed_since_prepare_is_noticed(chain, tmp_path, capfd):
     assert bt("evaluate", chain.bundle, "--data", data, "-o", tmp_path / "out") == 2
     assert "the source has changed" in capfd.readouterr().err
     assert not (tmp_path / "out" / "metrics.json").exists()
+    views = sorted((data / "views").iterdir())
+    with pytest.raises(ValueError, match="prepare it again"):
+        ensure_view(Dataset(str(data)), PreprocessSpec(size_px=40))
+    assert sorted((data / "views").iterdir()) == views, "no half of a view is left"
 
 
 def test_overwrite_removes_nothing_but_what_the_command_wrote(chain, tmp_path):
@@ -357,8 +363,9 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 from bt_core.data import guard
-from bt_core.data.catalog import ref_columns
+from bt_core.data.catalog import Dataset, ref_columns
 from bt_core.data.decode_stage import DecodeStage
+from bt_core.data.views import ensure_view
 from bt_core.scans.archives import list_scans
 from bt_core.scans.preprocess import PreprocessSpec
 
