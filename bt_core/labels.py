@@ -23,6 +23,11 @@ class LabelSpace(BaseModel):
         """Number of classes, K."""
         return len(self.names)
 
+    @property
+    def healthy(self) -> int:
+        """Position of the class without a tumour."""
+        return next(k for k, name in enumerate(self.names) if name in ("no_tumor", "healthy"))
+
     def index(self, name: str) -> int:
         """Return the position of class `name`; raises ValueError if it is not one of `names`."""
         return self.names.index(name)

@@ -5,9 +5,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.metrics import precision_recall_curve, roc_curve
 
 from bt_core.data.page import BLUE, ORANGE, figure_png
+from bt_core.evaluation.predictions import Scans
+from bt_core.labels import LabelSpace
+
+
+def report_pictures(figures: dict[str, Any], clean: Scans, space: LabelSpace) -> dict[str, bytes]:
+    """Return the pictures of a report by name, all of the scans without a copy in training."""
+    return {
+        "confusion_matrix": confusion_matrix_png(figures["clean"]["confusion_matrix"], space.names),
+        "classes": _classes_png(figures["clean"]["by_scan"], space),
+        "curves": _curves_png(clean, space),
+        "calibration": _calibration_png(figures["calibration"]["bins"], clean),
+        "deferral": _deferral_png(figures["deferral"]),
+        "decision_curves": _decision_curves_png(figures["decision_curves"]),
+    }
 
 
 def confusion_matrix_png(matrix_KK: Sequence[Sequence[int]], names: Sequence[str]) -> bytes:
@@ -21,12 +37,121 @@ def confusion_matrix_png(matrix_KK: Sequence[Sequence[int]], names: Sequence[str
         text = f"{counts[row, column]}\n{share:.0%}"
         colour = "white" if share > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
-    readable = [name.replace("_", " ") for name in names]
+    readable = [_readable(name) for name in names]
     axes.set_xticks(range(len(names)), readable, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), readable)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     return figure_png(figure)
+
+
+def _classes_png(figures: dict[str, Any], space: LabelSpace) -> bytes:
+    """Draw each class's figures with their intervals."""
+    kinds = ("recall", "specificity", "precision", "f1")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for place, kind in enumerate(kinds):
+        x_K = np.arange(space.num_classes) + 0.2 * (place - 1.5)
+        rows = [figures[f"{name}.{kind}"] for name in space.names]
+        defined = [(x, row) for x, row in zip(x_K, rows, strict=True) if row["low"] is not None]
+        value, low, high = (
+            np.array([row[n] for _, row in defined]) for n in ("value", "low", "high")
+        )
+        axes.errorbar(
+            [x for x, _ in defined],
+            value,
+            yerr=np.maximum([value - low, high - value], 0),
+            fmt="os^D"[place],
+            capsize=3,
+            label="F1" if kind == "f1" else kind,
+        )
+    axes.set_xticks(range(space.num_classes), [_readable(name) for name in space.names])
+    axes.set_ylabel("figure, 95 % interval")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure_png(figure)
+
+
+def _curves_png(scans: Scans, space: LabelSpace) -> bytes:
+    """Draw ROC and precision-recall curves, each class against the rest."""
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for k, name in enumerate(space.names):
+        own_N, score_N = scans.labels_N == k, scans.probs_NK[:, k]
+        if not own_N.any() or own_N.all():
+            continue
+        false_alarms, found, _ = roc_curve(own_N, score_N)
+        left.plot(false_alarms, found, label=_readable(name))
+        precision, recall, _ = precision_recall_curve(own_N, score_N)
+        right.plot(recall, precision, label=_readable(name))
+    left.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
+    _label(left, "false-positive rate (1 - specificity)", "recall (sensitivity)")
+    _label(right, "recall (sensitivity)", "precision (PPV)")
+    return figure_png(figure)
+
+
+def _calibration_png(bins: Sequence[dict[str, Any]], scans: Scans) -> bytes:
+    """Draw accuracy against confidence, and how sure right and wrong answers were."""
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([0, 1], [0, 1], ":", color="grey", linewidth=1, label="perfectly calibrated")
+    num_B = np.array([b["num"] for b in bins])
+    said = [b["confidence"] for b in bins]
+    left.plot(said, [b["accuracy"] for b in bins], "-", color=BLUE, label="measured")
+    left.scatter(said, [b["accuracy"] for b in bins], s=10 + 90 * num_B / num_B.max(), color=BLUE)
+    _label(left, "confidence", "accuracy (size: number of scans)")
+    edges = np.linspace(0, 1, 21)
+    for chosen_N, label, colour in (
+        (scans.right_N, "right", BLUE),
+        (~scans.right_N, "wrong", ORANGE),
+    ):
+        right.hist(
+            scans.confidence_N[chosen_N], edges, histtype="step", linewidth=2,
+            label=f"{label} ({chosen_N.sum()})", color=colour,
+        )  # fmt: skip
+    right.set_yscale("symlog", linthresh=1)
+    _label(right, "confidence", "scans")
+    return figure_png(figure)
+
+
+def _deferral_png(deferral: dict[str, Any]) -> bytes:
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(deferral["coverage"], deferral["risk"], color=BLUE)
+    axes.set_xlabel("share of scans answered, the surest first")
+    axes.set_ylabel("share of wrong answers")
+    axes.grid(alpha=0.3)
+    return figure_png(figure)
+
+
+def _decision_curves_png(curves: dict[str, Any]) -> bytes:
+    """Draw the net benefit of each question against treating all or none."""
+    columns = 2 if len(curves) > 1 else 1
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained")
+    for number, (question, curve) in enumerate(curves.items(), 1):
+        axes = figure.add_subplot(rows, columns, number)
+        threshold = curve["threshold"]
+        axes.fill_between(threshold, curve["low"], curve["high"], color=BLUE, alpha=0.2)
+        axes.plot(threshold, curve["model"], color=BLUE, label="classifier")
+        axes.plot(threshold, curve["treat_all"], "--", color=ORANGE, label="treat all")
+        axes.axhline(0, color="grey", linestyle=":", label="treat none")
+        top = max(*curve["model"], 0.05)
+        axes.set_ylim(-0.15 * top, 1.1 * top)
+        axes.set_title(_readable(question), fontsize=10)
+        _label(axes, "threshold probability", "net benefit")
+    return figure_png(figure)
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _readable(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def training_curves_png(history: Sequence[dict[str, Any]]) -> bytes:

@@ -1,72 +1,118 @@
-"""Evaluation of a bundle on test scans: figures from the predictions table, and a page."""
+"""Evaluation of a bundle on test scans: all figures from the predictions table, and a page."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from bt_core import storage
 from bt_core.data.catalog import DatasetInfo
 from bt_core.data.page import render
 from bt_core.errors import RunError
-from bt_core.evaluation.metrics import classification_metrics
-from bt_core.evaluation.plots import confusion_matrix_png
+from bt_core.evaluation import plots
+from bt_core.evaluation.benefit import decision_curve
+from bt_core.evaluation.deferral import risk_coverage, set_figures
+from bt_core.evaluation.intervals import estimate
+from bt_core.evaluation.metrics import confusion_matrix
+from bt_core.evaluation.predictions import Scans
+from bt_core.evaluation.reliability import calibration_figures
+from bt_core.evaluation.slices import slice_figures
+from bt_core.labels import LabelSpace
 from bt_core.models.bundle import BundleInfo
 
+SCHEMA_VERSION: Final = 1
+"""Of metrics.json."""
 
-def evaluate(predictions: pa.Table, truth: pa.Table, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the figures of predictions against the truth, joined on scan_id.
+
+def evaluate(
+    predictions: pa.Table, space: LabelSpace, prevalence: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """Return all figures of a predictions table.
 
     Args:
-        predictions: score rows of exactly the scans of `truth`.
-        truth: scan_id, label and copy_in_training.
-        names: class names in the order of the probabilities.
+        predictions: see `predictions.join_truth`.
+        space: the classes.
+        prevalence: shares of the classes where the classifier will be used.
 
     Returns:
-        `clean`: metrics on the scans of which no copy was trained on, the headline; `all`: metrics
-        on all answered scans; `answered`: metrics without the deferred ones; `flow`: counts by
-        status and reason.
+        `clean`: figures on the scans of which neither they nor one of their family (or patient) was
+        trained on, the headline; `all`: figures on all answered scans; `answered`: on the clean
+        ones without those deferred. Each has num_scans, num_families, confusion_matrix, and
+        `by_scan` and `by_family` (see `intervals.estimate`), and is None without scans. On the
+        clean scans also `calibration`, `deferral`, `prediction_sets`, `decision_curves` and
+        `slices`. `flow`: counts by status and reason.
 
     Raises:
-        RunError: if scans are missing or doubled, or none could be read.
+        RunError: if no scan could be read.
     """
-    wanted, got = truth["scan_id"].to_pylist(), predictions["scan_id"].to_pylist()
-    if Counter(wanted) != Counter(got):
-        raise RunError(
-            f"{len(wanted)} scans to evaluate, {len(got)} predictions that do not match them"
-        )
-    columns = ["scan_id", "status", "reason", "seen_in_training", *(f"prob_{n}" for n in names)]
-    joined = predictions.select(columns).join(
-        truth.select(["scan_id", "label", "copy_in_training"]), keys="scan_id"
-    )
-    joined = joined.sort_by("scan_id")
-    usable = joined.filter(pc.is_in(joined["status"], pa.array(["scored", "deferred"])))
-    if not usable.num_rows:
-        raise RunError("no test scan could be read; is the source of the dataset still there?")
-    seen = pc.or_(usable["seen_in_training"], usable["copy_in_training"])
-    clean = usable.filter(pc.invert(seen))
-    answered = usable.filter(pc.equal(usable["status"], "scored"))
+    scans = Scans.of(predictions, space)
+    clean = scans.where(scans.clean_N)
+    subsets = {"clean": clean, "all": scans, "answered": clean.where(clean.scored_N)}
+    statuses = [predictions[name].to_pylist() for name in ("status", "reason")]
     reasons = Counter(
-        f"{status}: {reason}" if reason else status
-        for status, reason in zip(
-            joined["status"].to_pylist(), joined["reason"].to_pylist(), strict=True
-        )
+        f"{s}: {reason}" if reason else s for s, reason in zip(*statuses, strict=True)
+    )
+    found: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "classes": list(space.names),
+        "prevalence": prevalence,
+        "flow": {"num_scans": predictions.num_rows, "by_status": dict(sorted(reasons.items()))},
+        "num_seen_in_training": len(scans) - len(clean),
+        **{name: _figures(part, space, prevalence) for name, part in subsets.items()},
+    }
+    return found if not len(clean) else found | _in_depth(clean, space)
+
+
+def _figures(
+    scans: Scans, space: LabelSpace, prevalence: dict[str, float] | None
+) -> dict[str, Any] | None:
+    if not len(scans):
+        return None
+    shares_K = None if prevalence is None else np.array([prevalence[n] for n in space.names])
+    estimates = estimate(
+        scans.labels_N, scans.probs_NK, scans.family_N, space.names, space.healthy, shares_K
     )
     return {
-        "clean": _metrics(clean, names),
-        "all": _metrics(usable, names),
-        "answered": _metrics(answered, names),
-        "flow": {"num_scans": len(wanted), "by_status": dict(sorted(reasons.items()))},
-        "num_seen_in_training": usable.num_rows - clean.num_rows,
+        "num_scans": len(scans),
+        "num_families": int(scans.family_N.max()) + 1,
+        "counts": dict(zip(space.names, _counts(scans, space), strict=True)),
+        "confusion_matrix": confusion_matrix(scans.labels_N, scans.probs_NK).tolist(),
+        **{
+            unit: {name: one.model_dump() for name, one in figures.items()}
+            for unit, figures in estimates.items()
+        },
+    }
+
+
+def _counts(scans: Scans, space: LabelSpace) -> list[int]:
+    return [int(n) for n in np.bincount(scans.labels_N, minlength=space.num_classes)]
+
+
+def _in_depth(scans: Scans, space: LabelSpace) -> dict[str, Any]:
+    ill_N, ill_prob_N = scans.labels_N != space.healthy, 1 - scans.probs_NK[:, space.healthy]
+    curves = {"any tumour": decision_curve(ill_N, ill_prob_N, scans.family_N)}
+    for k, name in enumerate(space.names):
+        if k != space.healthy and space.num_classes > 2:
+            own_N = scans.labels_N == k
+            curves[name] = decision_curve(own_N, scans.probs_NK[:, k], scans.family_N)
+    return {
+        "calibration": calibration_figures(scans.labels_N, scans.probs_NK),
+        "deferral": risk_coverage(scans.confidence_N, scans.right_N),
+        "prediction_sets": set_figures(scans.labels_N, scans.sets_NK, space.names),
+        "decision_curves": curves,
+        "slices": slice_figures(scans, space),
     }
 
 
 def write_report(
-    location: str, figures: dict[str, Any], bundle: BundleInfo, dataset: DatasetInfo
+    location: str,
+    predictions: pa.Table,
+    figures: dict[str, Any],
+    bundle: BundleInfo,
+    dataset: DatasetInfo,
 ) -> None:
-    """Write metrics.json, confusion_matrix.png and report.html (self-contained) into a folder.
+    """Write metrics.json, report.html (self-contained) and its pictures into a folder.
 
     Raises:
         RunError: if there are no clean figures; a report without them would mislead.
@@ -76,8 +122,9 @@ def write_report(
             "every test scan, or a copy, was trained on, so nothing can be said about new ones; "
             "evaluate on the dataset that the bundle was trained with, or on other scans"
         )
-    names = bundle.label_space.names
-    picture = confusion_matrix_png(figures["clean"]["confusion_matrix"], names)
+    space = bundle.label_space
+    scans = Scans.of(predictions, space)
+    pictures = plots.report_pictures(figures, scans.where(scans.clean_N), space)
     provenance = {
         "bundle_id": bundle.bundle_id,
         "dataset_digest": dataset.digest,
@@ -90,17 +137,11 @@ def write_report(
         bundle=bundle,
         dataset=dataset,
         provenance=provenance,
-        names=names,
-        picture=picture,
+        names=space.names,
+        pictures=pictures,
     )
-    storage.write_bytes(storage.join(location, "confusion_matrix.png"), picture)
+    for name, png in pictures.items():
+        storage.write_bytes(storage.join(location, f"{name}.png"), png)
+    storage.write_table(storage.join(location, "predictions.parquet"), predictions)
     storage.write_bytes(storage.join(location, "report.html"), page)
     storage.write_json(storage.join(location, "metrics.json"), {**figures, **provenance})
-
-
-def _metrics(table: pa.Table, names: tuple[str, ...]) -> dict[str, Any] | None:
-    if not table.num_rows:
-        return None
-    labels_N = np.array([names.index(label) for label in table["label"].to_pylist()])
-    probs_NK = np.stack([table[f"prob_{name}"].to_numpy() for name in names], axis=1)
-    return classification_metrics(labels_N, probs_NK, names)

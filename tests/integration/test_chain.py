@@ -96,19 +96,23 @@ def test_the_report_agrees_with_its_own_predictions(chain):
         for row in rows(chain.data / "catalog.parquet")
         if row["split"] == "test"
     }
-    predictions = rows(chain.report / "scores")
+    predictions = rows(chain.report / "predictions.parquet")
     assert {row["scan_id"] for row in predictions} == set(truth)
     right = sum(row["predicted_label"] == truth[row["scan_id"]] for row in predictions)
-    assert metrics["all"]["accuracy"] == pytest.approx(right / len(truth))
+    accuracy = metrics["all"]["by_scan"]["accuracy"]
+    assert accuracy["value"] == pytest.approx(right / len(truth))
+    assert accuracy["low"] < accuracy["value"] < accuracy["high"] or right == len(truth)
     assert metrics["clean"]["num_scans"] == len(truth), "no test scan was trained on"
     page = (chain.report / "report.html").read_text()
-    assert f"{metrics['clean']['accuracy']:.1%}".rstrip("%") in page
+    assert f"{100 * metrics['clean']['by_scan']['accuracy']['value']:.1f} % accuracy" in page
+    families = {row["group"] for row in predictions}
+    assert metrics["clean"]["num_families"] == len(families)
     assert "not a medical device" in page
     opening = openings(str(chain.data))[0]
     assert (opening.command, opening.dataset_digest) == ("evaluate", metrics["dataset_digest"])
     assert opening.run_id == metrics["bundle_id"]
     assert metrics["num_test_openings"] == 1
-    assert page.count("<img") == 1
+    assert page.count("<img") == len(list(chain.report.glob("*.png"))) == 6
     assert "http" not in page.split("<body>")[1], "the page needs no network"
 
 

@@ -50,5 +50,5 @@ def test_mobilenetv2_reaches_its_accuracy(prepared, tmp_path):
     assert bt("evaluate", bundle, "--data", prepared, "-o", report) == 0
     metrics = json.loads((report / "metrics.json").read_text())
     assert metrics["clean"]["num_scans"] == 899
-    assert metrics["clean"]["accuracy"] >= 0.94
-    assert pq.read_table(report / "scores").num_rows == 899
+    assert metrics["clean"]["by_scan"]["accuracy"]["value"] >= 0.94
+    assert pq.read_table(report / "predictions.parquet").num_rows == 899

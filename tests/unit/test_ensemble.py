@@ -4,7 +4,6 @@ from scipy.special import softmax
 
 from bt_core.ensemble.calibration import combine, fit_temperature
 from bt_core.ensemble.review import fit_review, prediction_sets
-from bt_core.evaluation.metrics import classification_metrics
 
 
 @pytest.fixture
@@ -64,30 +63,3 @@ def test_too_few_scans_promise_nothing():
 def test_the_likeliest_class_is_always_in_the_set():
     sets_NK = prediction_sets(np.array([[0.4, 0.35, 0.25]]), 0.5)
     assert sets_NK.tolist() == [[True, False, False]]
-
-
-def test_metrics_by_hand():
-    labels_N = np.array([0, 0, 1, 1, 1, 2])
-    probs_NK = np.array(
-        [[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1], [0.1, 0.6, 0.3], [0.6, 0.3, 0.1],
-         [0.1, 0.2, 0.7]]
-    )  # fmt: skip
-    figures = classification_metrics(labels_N, probs_NK, ("a", "b", "c"))
-    assert figures["accuracy"] == pytest.approx(4 / 6)
-    assert figures["confusion_matrix"] == [[1, 1, 0], [1, 2, 0], [0, 0, 1]]
-    assert figures["per_class"]["b"]["precision"] == pytest.approx(2 / 3)
-    assert figures["per_class"]["b"]["recall"] == pytest.approx(2 / 3)
-    assert figures["per_class"]["a"]["auc"] == pytest.approx(7 / 8)
-    assert figures["balanced_accuracy"] == pytest.approx((1 / 2 + 2 / 3 + 1) / 3)
-    expected = -np.log([0.8, 0.2, 0.8, 0.6, 0.3, 0.7]).mean()
-    assert figures["log_loss"] == pytest.approx(expected)
-
-
-def test_a_class_without_scans_has_no_auc():
-    figures = classification_metrics(
-        np.array([0, 1]), np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]), ("a", "b", "c")
-    )
-    assert figures["per_class"]["c"]["auc"] is None
-    assert figures["macro"]["auc"] is None
-    with pytest.raises(ValueError, match="no scans"):
-        classification_metrics(np.array([]), np.empty((0, 2)), ("a", "b"))

@@ -1,0 +1,113 @@
+"""The predictions table: what a bundle said about each test scan, beside the truth.
+
+Everything in a report comes from it, so a report can be made again without a model. Joined on
+scan_id, never on the order of rows. Shape suffixes: N scans, K classes.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, fields
+from typing import Final, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bt_core.errors import RunError
+from bt_core.evaluation.intervals import family_codes
+from bt_core.labels import LabelSpace
+
+SLICE_COLUMNS: Final = (
+    "given_split", "format", "width", "height", "bit_depth", "channels", "num_bytes", "steps",
+)  # fmt: skip
+"""Columns of the catalog by which figures are told apart."""
+
+
+def join_truth(scores: pa.Table, truth: pa.Table) -> pa.Table:
+    """Return score rows with label, group, copy_in_training and the slice columns of the catalog.
+
+    Args:
+        scores: rows of exactly the scans of `truth`.
+        truth: catalog rows.
+
+    Raises:
+        RunError: if scans are missing or doubled.
+    """
+    wanted, got = truth["scan_id"].to_pylist(), scores["scan_id"].to_pylist()
+    if Counter(wanted) != Counter(got):
+        raise RunError(
+            f"{len(wanted)} scans to evaluate, {len(got)} predictions that do not match them"
+        )
+    joined, known = scores.sort_by("scan_id"), truth.sort_by("scan_id")
+    for name in ("label", "group", "copy_in_training", *SLICE_COLUMNS):
+        joined = joined.append_column(name, known[name])
+    return joined
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Scans that were answered, with or without review, as arrays.
+
+    Attributes:
+        scan_id: N ids.
+        labels_N: true class indices.
+        probs_NK: calibrated probabilities.
+        family_N: group of copies or of a patient's scans, from 0 up.
+        scored_N: answered without review.
+        clean_N: neither the scan nor one of its group was trained on.
+        sets_NK: the prediction set holds the class.
+        slices: name of a catalog column to its N values.
+    """
+
+    scan_id: np.ndarray
+    labels_N: np.ndarray
+    probs_NK: np.ndarray
+    family_N: np.ndarray
+    scored_N: np.ndarray
+    clean_N: np.ndarray
+    sets_NK: np.ndarray
+    slices: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, predictions: pa.Table, space: LabelSpace) -> Self:
+        """Return the answered scans of a predictions table.
+
+        Raises:
+            RunError: if no scan could be read.
+        """
+        answered = pc.is_in(predictions["status"], pa.array(["scored", "deferred"]))
+        table = predictions.filter(answered)
+        if not table.num_rows:
+            raise RunError("no test scan could be read; is the source of the dataset still there?")
+        seen = pc.or_(table["seen_in_training"], table["copy_in_training"])
+        sets = table["prediction_set"].to_pylist()
+        return cls(
+            scan_id=np.array(table["scan_id"].to_pylist()),
+            labels_N=np.array([space.index(label) for label in table["label"].to_pylist()]),
+            probs_NK=np.stack([table[f"prob_{n}"].to_numpy() for n in space.names], axis=1),
+            family_N=family_codes(table["group"].to_pylist()),
+            scored_N=np.array(table["status"].to_pylist()) == "scored",
+            clean_N=~np.array(seen.to_pylist(), dtype=bool),
+            sets_NK=np.array([[name in chosen for name in space.names] for chosen in sets]),
+            slices={name: np.array(table[name].to_pylist()) for name in SLICE_COLUMNS},
+        )
+
+    def where(self, chosen_N: np.ndarray) -> "Scans":
+        """Return some of the scans; families are numbered anew."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "slices"}
+        kept = {name: values[chosen_N] for name, values in arrays.items()}
+        kept["family_N"] = np.unique(kept["family_N"], return_inverse=True)[1]
+        slices = {name: values[chosen_N] for name, values in self.slices.items()}
+        return Scans(**kept, slices=slices)
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    @property
+    def right_N(self) -> np.ndarray:
+        """Whether the likeliest class is the true one."""
+        return np.asarray(self.probs_NK.argmax(1) == self.labels_N)
+
+    @property
+    def confidence_N(self) -> np.ndarray:
+        """Probability of the likeliest class."""
+        return np.asarray(self.probs_NK.max(1))

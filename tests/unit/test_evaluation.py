@@ -1,0 +1,177 @@
+"""What a report is made of: the join with the truth, calibration, deferral, benefit, slices."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn.calibration import calibration_curve
+
+from bt_core.errors import RunError
+from bt_core.evaluation.benefit import THRESHOLDS, decision_curve
+from bt_core.evaluation.deferral import risk_coverage, set_figures
+from bt_core.evaluation.predictions import SLICE_COLUMNS, Scans, join_truth
+from bt_core.evaluation.reliability import (
+    calibration_figures,
+    expected_calibration_error,
+    reliability,
+)
+from bt_core.evaluation.report import evaluate
+from bt_core.labels import LABEL_SPACES
+
+SPACE = LABEL_SPACES["four_class"]
+
+
+def tables(num=120, seed=0, **changed):
+    """Score rows in one order and catalog rows in another; families of two scans each."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(4, size=num)
+    probs = generator.dirichlet(np.ones(4), size=num)
+    probs[np.arange(num), labels] += 1.0
+    probs /= probs.sum(1, keepdims=True)
+    ids = [f"{i:04}" for i in range(num)]
+    scores = pa.table(
+        {
+            "scan_id": ids,
+            "status": ["scored"] * num,
+            "reason": [""] * num,
+            "seen_in_training": [False] * num,
+            "prediction_set": [[SPACE.names[row.argmax()]] for row in probs],
+            **{f"prob_{name}": probs[:, k] for k, name in enumerate(SPACE.names)},
+        }
+    )
+    truth = pa.table(
+        {
+            "scan_id": ids,
+            "label": [SPACE.names[k] for k in labels],
+            "group": [f"g{i // 2}" for i in range(num)],
+            "copy_in_training": [False] * num,
+            **{name: ["same"] * num for name in SLICE_COLUMNS},
+            "width": generator.integers(100, 500, size=num),
+            **changed,
+        }
+    )
+    return scores.take(generator.permutation(num)), truth.take(generator.permutation(num))
+
+
+def test_predictions_meet_the_truth_by_id_whatever_the_order():
+    scores, truth = tables()
+    joined = join_truth(scores, truth)
+    own = dict(zip(truth["scan_id"].to_pylist(), truth["label"].to_pylist(), strict=True))
+    assert all(own[row["scan_id"]] == row["label"] for row in joined.to_pylist())
+    assert joined.equals(join_truth(scores.take(np.arange(120)[::-1]), truth))
+    for wrong in (scores.slice(1), pa.concat_tables([scores.slice(1), scores.slice(5, 1)])):
+        with pytest.raises(RunError, match="do not match"):
+            join_truth(wrong, truth)
+
+
+def test_figures_stand_under_clean_and_under_all_and_clean_leaves_whole_copies_out():
+    copied = [i % 4 == 0 for i in range(120)]
+    scores, truth = tables(copy_in_training=copied)
+    found = evaluate(join_truth(scores, truth), SPACE)
+    assert (found["all"]["num_scans"], found["clean"]["num_scans"]) == (120, 90)
+    assert found["num_seen_in_training"] == 30
+    assert found["clean"]["by_scan"].keys() == found["all"]["by_scan"].keys()
+    assert found["clean"]["by_scan"].keys() == found["clean"]["by_family"].keys()
+    scores = scores.set_column(2, "reason", pa.array(["too_small"] * 120))
+    scores = scores.set_column(1, "status", pa.array(["rejected"] * 119 + ["deferred"]))
+    part = evaluate(join_truth(scores, truth), SPACE)
+    assert part["flow"]["by_status"] == {
+        "deferred: too_small": 1, "rejected: too_small": 119
+    }  # fmt: skip
+    assert part["all"]["num_scans"] == 1
+    assert part["answered"] is None
+
+
+def test_a_bundle_that_was_trained_on_every_scan_has_no_clean_figures():
+    scores, truth = tables(copy_in_training=[True] * 120)
+    found = evaluate(join_truth(scores, truth), SPACE)
+    assert found["clean"] is None
+    assert "calibration" not in found
+
+
+@pytest.mark.parametrize(("equal", "strategy"), [("width", "uniform"), ("mass", "quantile")])
+def test_reliability_bins_are_scikit_learns(equal, strategy):
+    generator = np.random.default_rng(1)
+    said = generator.random(400).round(2)
+    came_true = generator.random(400) < said
+    bins = reliability(said, came_true, equal, num_bins=10)
+    true, predicted = calibration_curve(came_true, said, n_bins=10, strategy=strategy)
+    assert [b["accuracy"] for b in bins] == pytest.approx(true)
+    assert [b["confidence"] for b in bins] == pytest.approx(predicted)
+    assert sum(b["num"] for b in bins) == 400
+    error = sum(b["num"] * abs(t - p) for b, t, p in zip(bins, true, predicted, strict=True)) / 400
+    assert expected_calibration_error(bins) == pytest.approx(error)
+
+
+def test_calibration_tells_a_boaster_from_an_honest_one():
+    generator = np.random.default_rng(2)
+    probs = generator.dirichlet(np.ones(4), size=5000)
+    labels = (generator.random((5000, 1)) > probs.cumsum(1)).sum(1)
+    honest = calibration_figures(labels, probs)
+    boast = probs**4 / (probs**4).sum(1, keepdims=True)
+    boaster = calibration_figures(labels, boast)
+    for name in ("ece", "ece_equal_mass", "class_wise_ece"):
+        assert honest[name] < 0.03 < 0.1 < boaster[name]
+    one_answer = calibration_figures(np.zeros(9, dtype=int), np.eye(4)[np.zeros(9, dtype=int)])
+    assert one_answer["ece"] == one_answer["ece_equal_mass"] == 0.0
+
+
+def test_the_surest_scans_are_answered_first_and_ties_together():
+    confidence = np.array([0.9, 0.8, 0.8, 0.6, 0.5])
+    right = np.array([True, True, False, True, False])
+    found = risk_coverage(confidence, right)
+    assert found["coverage"] == pytest.approx([0.2, 0.6, 0.8, 1.0])
+    assert found["risk"] == pytest.approx([0, 1 / 3, 1 / 4, 2 / 5])
+    assert found["area"] == pytest.approx(0.4 / 3 + 0.2 / 4 + 0.2 * 2 / 5)
+    assert found["accuracy_at"] == pytest.approx({"0.8": 3 / 4, "0.9": 0.6, "0.95": 0.6, "1": 0.6})
+
+
+def test_prediction_sets_are_counted_over_all_scans_and_each_class():
+    labels = np.array([0, 0, 1])
+    sets = np.array([[True, False, False], [False, True, True], [True, True, True]])
+    found = set_figures(labels, sets, ("a", "b", "c"))
+    assert (found["coverage"], found["mean_size"], found["single"]) == pytest.approx(
+        (2 / 3, 2, 1 / 3)
+    )
+    assert found["per_class"]["a"] == {"num": 2, "coverage": 0.5, "mean_size": 1.5}
+    assert found["per_class"]["c"] == {"num": 0, "coverage": None, "mean_size": None}
+
+
+def test_net_benefit_is_that_of_the_formula():
+    positive = np.array([True, True, False, False, False])
+    score = np.array([0.9, 0.4, 0.6, 0.2, 0.1])
+    found = decision_curve(positive, score, np.arange(5), num_draws=50)
+    at = int(np.flatnonzero(THRESHOLDS == 0.5)[0])
+    assert found["model"][at] == pytest.approx((1 - 1) / 5)
+    assert found["treat_all"][at] == pytest.approx(2 / 5 - 3 / 5)
+    low = int(np.flatnonzero(THRESHOLDS == 0.3)[0])
+    assert found["model"][low] == pytest.approx((2 - 1 * 0.3 / 0.7) / 5)
+    assert all(a <= b for a, b in zip(found["low"], found["high"], strict=True))
+
+
+def test_the_worst_slice_is_named():
+    scores, truth = tables(num=200, given_split=["bad" if i < 60 else "good" for i in range(200)])
+    joined = join_truth(scores, truth)
+    labels = joined["label"].to_pylist()
+    bad = np.array(joined["given_split"].to_pylist()) == "bad"
+    wrong = bad & (np.arange(200) % 4 < 2)
+    for name in SPACE.names:  # every other answer of the bad slice is the next class
+        said_next = [SPACE.names[(SPACE.index(label) + 1) % 4] == name for label in labels]
+        values = np.where(wrong, said_next, joined[f"prob_{name}"].to_numpy())
+        place = joined.schema.get_field_index(f"prob_{name}")
+        joined = joined.set_column(place, f"prob_{name}", pa.array(values))
+    found = evaluate(joined, SPACE)["slices"]
+    assert {one["column"] for one in found["slices"]} == {"given_split", "width"}
+    assert (found["worst"]["column"], found["worst"]["value"]) == ("given_split", "bad")
+    assert found["worst"]["below_all"]
+    widths = [one for one in found["slices"] if one["column"] == "width"]
+    assert sum(one["num_scans"] for one in widths) == 200
+    assert len(widths) == 4
+
+
+def test_a_part_of_the_scans_numbers_its_families_anew():
+    scores, truth = tables()
+    scans = Scans.of(join_truth(scores, truth), SPACE)
+    part = scans.where(np.arange(120) >= 100)
+    assert sorted(set(part.family_N)) == list(range(10))
+    assert len(part) == 20
+    assert (part.slices["width"] == scans.slices["width"][100:]).all()
