@@ -9,6 +9,7 @@ from jobs import (
     audit,
     bench,
     bench_data,
+    compare,
     demo,
     ensemble,
     evaluate,
@@ -45,6 +46,7 @@ for _name, _module in {
     "replay": replay,
     "ensemble": ensemble,
     "evaluate": evaluate,
+    "compare": compare,
     "score": score,
     "serve": serve,
 }.items():

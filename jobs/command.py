@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -16,6 +16,8 @@ from bt_core.errors import EXIT_FAILED, BtError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from bt_core.evaluation.gate import Requirement
 
 SourceArgument = Annotated[
     str,
@@ -41,12 +43,20 @@ DeviceOption = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto takes GPUs if there are any.")
 ]
 
+RequireOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require",
+        metavar="FIGURE>=NUMBER",
+        help="Exit with 1 if a figure misses this, as in clean.macro_f1>=0.95. May be repeated.",
+    ),
+]
 TaskOption = Annotated[
     str | None, typer.Option("--task", help="four_class or binary. [default: what the folders say]")
 ]
 
 _LOCATIONS: Final = frozenset(
-    {"source", "bundle", "out", "data", "runs", "resolve", "keep_splits", "sweep"}
+    {"source", "bundle", "out", "data", "runs", "resolve", "keep_splits", "sweep", "reports"}
 )
 """Parameters that hold paths, made absolute for a submitted job, whose folder is another."""
 
@@ -133,6 +143,14 @@ def output_folder(out: str, source: str) -> str:
     if storage.is_file(out):
         raise UsageError(f"-o {out} is a file; choose a folder")
     return out
+
+
+def all_met(requirements: "Sequence[Requirement]", figures: dict[str, Any]) -> bool:
+    """Print whether each requirement is met, and return whether all are."""
+    checked = [requirement.check(figures) for requirement in requirements]
+    for _, line in checked:
+        print(line)
+    return all(met for met, _ in checked)
 
 
 def make_room(out: str, marker: str, what: str) -> None:

@@ -5,8 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bt_core import storage
-from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, DatasetError, UsageError
-from jobs.command import BundleArgument, DataOption, DeviceOption, OutOption, OverwriteOption
+from bt_core.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, DatasetError, UsageError
+from jobs.command import (
+    BundleArgument,
+    DataOption,
+    DeviceOption,
+    OutOption,
+    OverwriteOption,
+    RequireOption,
+    all_met,
+)
 from jobs.score import score_refs
 
 if TYPE_CHECKING:
@@ -25,11 +33,13 @@ def run(
             help="Shares of the classes where it will be used; adds predictive values there.",
         ),
     ] = None,
+    require: RequireOption = None,
     overwrite: OverwriteOption = False,
 ) -> int:
     """Score the test scans; write report.html, metrics.json, predictions.parquet and pictures."""
     from bt_core.data.catalog import Dataset
     from bt_core.data.decode_stage import REF_COLUMNS
+    from bt_core.evaluation.gate import Requirement
     from bt_core.evaluation.predictions import join_truth
     from bt_core.evaluation.report import evaluate, write_report
     from bt_core.models.bundle import Bundle
@@ -43,6 +53,7 @@ def run(
             f"{', '.join(dataset.info.label_space.names)}"
         )
     shares = _shares(prevalence, space.names) if prevalence else None
+    requirements = [Requirement.parse(text) for text in require or []]
     out = storage.absolute(out)
     held = [n for n in ("metrics.json", "summary.json", "scores") if storage.exists(f"{out}/{n}")]
     if held and not overwrite:
@@ -58,6 +69,8 @@ def run(
     storage.remove_dir(storage.join(out, "scores"))  # predictions.parquet has them all
     _print_summary(figures)
     print(f"report in {storage.join(out, 'report.html')}")
+    if not all_met(requirements, figures):
+        return EXIT_FAILED
     return EXIT_OK if figures["all"]["num_scans"] == test.num_rows else EXIT_INCOMPLETE
 
 

@@ -55,6 +55,7 @@ def evaluate(
     )
     found: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
+        "task": space.task,
         "classes": list(space.names),
         "prevalence": prevalence,
         "flow": {"num_scans": predictions.num_rows, "by_status": dict(sorted(reasons.items()))},

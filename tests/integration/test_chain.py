@@ -1,6 +1,7 @@
 """The whole chain on synthetic scans, through the real commands."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -114,6 +115,21 @@ def test_the_report_agrees_with_its_own_predictions(chain):
     assert metrics["num_test_openings"] == 1
     assert page.count("<img") == len(list(chain.report.glob("*.png"))) == 6
     assert "http" not in page.split("<body>")[1], "the page needs no network"
+
+
+def test_reports_are_held_against_each_other_and_against_a_requirement(chain, tmp_path, capfd):
+    twin, out = tmp_path / "twin", tmp_path / "out.json"
+    shutil.copytree(chain.report, twin)
+    assert bt("compare", chain.report, twin, "-o", out, "--require", "num_scans>=1") == 0
+    said = capfd.readouterr().out
+    assert "tied" in said
+    assert "required num_scans >= 1" in said
+    assert json.loads(out.read_text())["pairs"][0]["p_value"] == 1.0
+    too_much = ["--require", "difference.accuracy.low>=0.1"]
+    assert bt("compare", chain.report, twin, *too_much) == 1
+    assert "NOT MET" in capfd.readouterr().out
+    assert bt("compare", chain.report, tmp_path) == 2
+    assert bt("compare", chain.report, chain.report) == 2
 
 
 def test_scores_account_for_every_scan_and_know_what_was_trained_on(chain):

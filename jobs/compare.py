@@ -1,0 +1,97 @@
+"""`bt compare`: reports of several bundles on one dataset, side by side."""
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from bt_core import storage
+from bt_core.errors import EXIT_FAILED, EXIT_OK, UsageError
+from jobs.command import RequireOption, all_met
+
+
+def run(
+    reports: Annotated[
+        list[str],
+        typer.Argument(metavar="REPORT REPORT...", help="Folders that bt evaluate wrote."),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write all of it to a JSON file, too."),
+    ] = None,
+    require: RequireOption = None,
+) -> int:
+    """Say which bundles differ by more than chance, on scans that none was trained on.
+
+    `--require difference.accuracy.low>=-0.01` holds the first against the second.
+    """
+    from bt_core.evaluation.comparison import compare
+    from bt_core.evaluation.gate import Requirement
+    from bt_core.evaluation.predictions import Scans
+    from bt_core.labels import LABEL_SPACES
+
+    names = [os.path.basename(storage.absolute(report)) for report in reports]
+    if len(reports) < 2 or len(set(names)) < len(names):
+        raise UsageError(
+            f"bt compare takes two reports or more, in folders of different names, got {names}"
+        )
+    requirements = [Requirement.parse(text) for text in require or []]
+    tasks = {report: _metrics(report)["task"] for report in reports}
+    if len(set(tasks.values())) > 1:
+        raise UsageError(f"the reports are of different tasks: {tasks}")
+    space = LABEL_SPACES[tasks[reports[0]]]
+    models = {
+        name: Scans.of(storage.read_table(storage.join(report, "predictions.parquet")), space)
+        for name, report in zip(names, reports, strict=True)
+    }
+    found = compare(models, space)
+    found["difference"] = found["pairs"][0]["difference"]
+    _print(found)
+    if out is not None:
+        storage.write_json(storage.absolute(out), found)
+    return EXIT_OK if all_met(requirements, found) else EXIT_FAILED
+
+
+def _metrics(report: str) -> dict[str, Any]:
+    try:
+        metrics: dict[str, Any] = storage.read_json(storage.join(report, "metrics.json"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{report} holds no metrics.json; give the -o of a bt evaluate") from error
+    return metrics
+
+
+def _print(found: dict[str, Any]) -> None:
+    def shown(one: dict[str, Any], sign: str = "") -> str:
+        if one["value"] is None:
+            return "-"
+        between = (
+            "" if one["low"] is None else f" [{one['low']:{sign}.3f}, {one['high']:{sign}.3f}]"
+        )
+        return f"{one['value']:{sign}.3f}{between}"
+
+    print(f"{found['num_scans']} test scans ({found['num_families']} families), none trained on")
+    several = sum(model["tied"] for model in found["models"].values()) > 1
+    ranked = sorted(
+        found["models"].items(), key=lambda item: (item[1]["rank"], -item[1]["accuracy"]["value"])
+    )
+    for name, model in ranked:
+        mark = "=" if model["tied"] and several else " "
+        missed = shown(model["missed_tumor_rate"])
+        print(
+            f"{mark}{model['rank']}  {name}  accuracy {shown(model['accuracy'])}, "
+            f"macro F1 {shown(model['macro_f1'])}, missed tumours {missed}"
+        )
+    for pair in found["pairs"]:
+        first, second = pair["models"]
+        print(
+            f"{first} - {second}: accuracy {shown(pair['difference']['accuracy'], '+')}, "
+            f"p {pair['p_value']:.2g}"
+        )
+    if several:
+        print("= tied: not told apart from the best by a permutation of families (Holm, 0.05)")
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("compare")
