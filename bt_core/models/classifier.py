@@ -3,6 +3,7 @@
 Shape suffixes: B batch, C channels, D features, K classes.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -21,6 +22,12 @@ _ACTIVATIONS: Final[dict[str, type[nn.Module]]] = {
     "tanh": nn.Tanh,
 }
 
+_FLIPS: Final[dict[str, tuple[tuple[int, ...], ...]]] = {
+    "none": (),
+    "horizontal": ((3,),),
+    "both": ((3,), (2,), (2, 3)),
+}
+
 
 class Classifier(nn.Module):
     """Maps images_BCHW float32 to logits_BK.
@@ -29,13 +36,22 @@ class Classifier(nn.Module):
         backbone: a module with forward_features and forward_head(pre_logits=True).
         head: maps pooled features_BD to logits_BK.
         flatten: give the head the whole feature map instead of what the backbone pools.
+        flips: axes of the image (2 down, 3 across) along which it is mirrored outside training;
+            the logits are the mean over all views.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, flatten: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        flatten: bool = False,
+        flips: Sequence[Sequence[int]] = (),
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.flatten = flatten
+        self.flips = flips
 
     def forward_features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Return the backbone's last feature map or tokens."""
@@ -56,7 +72,12 @@ class Classifier(nn.Module):
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Return logits_BK."""
-        return self.forward_head(self.forward_features(images_BCHW))
+        logits_BK = self.forward_head(self.forward_features(images_BCHW))
+        if self.training or not self.flips:
+            return logits_BK
+        mirrored = [torch.flip(images_BCHW, list(axes)) for axes in self.flips]
+        views = [logits_BK, *(self.forward_head(self.forward_features(one)) for one in mirrored)]
+        return torch.stack(views).mean(0)
 
 
 def build_head(num_features: int, num_classes: int, spec: HeadSpec) -> nn.Sequential:
@@ -109,7 +130,8 @@ def build_classifier(
     if preprocess.normalize == "backbone":
         own = {"mean": preprocess.mean or backbone.mean, "std": preprocess.std or backbone.std}
         resolved = preprocess.model_copy(update=own)
-    classifier = Classifier(backbone.module, head, model.head.pool == "flatten")
+    flatten, flips = model.head.pool == "flatten", _FLIPS[model.test_time_flips]
+    classifier = Classifier(backbone.module, head, flatten, flips)
     return classifier.to(memory_format=torch.channels_last), backbone.spec, resolved
 
 

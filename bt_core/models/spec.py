@@ -69,6 +69,9 @@ class ModelSpec(StrictModel):
     weights: str = "hub"
     """`hub` (timm's download), `local-dir:PATH` (config.json + model.safetensors) or `none`."""
     head: HeadSpec = HeadSpec()
+    test_time_flips: Literal["none", "horizontal", "both"] = "none"
+    """Outside training, logits are the mean over the image and its mirror images: left-right, or
+    with `both` also top-bottom and turned by 180 degrees. Answers take two or four times longer."""
 
     @field_validator("weights")
     @classmethod

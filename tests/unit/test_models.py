@@ -254,6 +254,27 @@ def test_a_head_comes_back_from_its_json():
         assert HeadSpec.model_validate(json.loads(head.model_dump_json())) == head
 
 
+@pytest.mark.parametrize(("flips", "axes"), [("horizontal", [[3]]), ("both", [[3], [2], [2, 3]])])
+@torch.no_grad()
+def test_with_test_time_flips_a_mirrored_image_has_the_same_answer(flips, axes):
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 32, 32)
+    spec = TINY.model_copy(update={"test_time_flips": flips})
+    plain = build_classifier(TINY, PreprocessSpec(size_px=32), 4)[0].eval()
+    flipped = rebuild_classifier(spec, PreprocessSpec(size_px=32), 4)
+    flipped.load_state_dict(plain.state_dict())
+    views = [images, *(images.flip(own) for own in axes)]
+    expected = torch.stack([plain(view) for view in views]).mean(0)
+    for view in views:
+        torch.testing.assert_close(flipped(view), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain(images), plain(images.flip(3)))
+    answers = []
+    for model in (flipped, plain):
+        torch.manual_seed(1)  # of the dropout
+        answers.append(model.train()(images))
+    torch.testing.assert_close(*answers)
+
+
 def test_a_flattened_map_gives_the_head_its_real_width():
     spec = ModelSpec(
         backbone="conv_stack",
