@@ -13,6 +13,7 @@ from jobs import (
     demo,
     ensemble,
     evaluate,
+    explain,
     explore,
     phantom,
     prepare,
@@ -47,6 +48,7 @@ for _name, _module in {
     "ensemble": ensemble,
     "evaluate": evaluate,
     "compare": compare,
+    "explain": explain,
     "score": score,
     "serve": serve,
 }.items():

@@ -15,6 +15,7 @@ from jobs.command import (
     RequireOption,
     all_met,
 )
+from jobs.explain import explain_refs
 from jobs.score import score_refs
 
 if TYPE_CHECKING:
@@ -33,16 +34,24 @@ def run(
             help="Shares of the classes where it will be used; adds predictive values there.",
         ),
     ] = None,
+    explain: Annotated[
+        bool, typer.Option(help="Draw heat maps of right, wrong and unsure answers.")
+    ] = True,
     require: RequireOption = None,
     overwrite: OverwriteOption = False,
 ) -> int:
     """Score the test scans; write report.html, metrics.json, predictions.parquet and pictures."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     from bt_core.data.catalog import Dataset
     from bt_core.data.decode_stage import REF_COLUMNS
     from bt_core.evaluation.gate import Requirement
-    from bt_core.evaluation.predictions import join_truth
+    from bt_core.evaluation.predictions import Scans, join_truth
     from bt_core.evaluation.report import evaluate, write_report
+    from bt_core.evaluation.sheets import chosen_scans
     from bt_core.models.bundle import Bundle
+    from cluster.session import session
 
     opened = Bundle(bundle)
     dataset = Dataset(data)
@@ -60,12 +69,20 @@ def run(
         raise UsageError(f"{out} holds {held[0]}; choose another -o, or pass --overwrite")
     storage.remove_dir(storage.join(out, "scores"))
     test = dataset.open_test("evaluate", opened.info.bundle_id)
-    scores = score_refs(opened, test.select(list(REF_COLUMNS)), out, device)
-    _refuse_changed_source(test, scores)
-    predictions = join_truth(scores, test)
-    figures = evaluate(predictions, space, shares)
-    figures["num_test_openings"] = dataset.num_openings()
-    write_report(out, predictions, figures, opened.info, dataset.info)
+    with session():
+        scores = score_refs(opened, test.select(list(REF_COLUMNS)), out, device)
+        _refuse_changed_source(test, scores)
+        predictions = join_truth(scores, test)
+        figures = evaluate(predictions, space, shares)
+        figures["num_test_openings"] = dataset.num_openings()
+        explained = None
+        if explain and figures["clean"] is not None:
+            scans = Scans.of(predictions, space)
+            chosen = chosen_scans(scans.where(scans.clean_N), space)
+            shown = pc.is_in(test["scan_id"], pa.array({i for ids in chosen.values() for i in ids}))
+            refs = test.filter(shown).select(list(REF_COLUMNS))
+            explained = pa.concat_tables(explain_refs(opened, refs, device))
+    write_report(out, predictions, explained, figures, opened.info, dataset.info)
     storage.remove_dir(storage.join(out, "scores"))  # predictions.parquet has them all
     _print_summary(figures)
     print(f"report in {storage.join(out, 'report.html')}")

@@ -31,6 +31,7 @@ _SCORE_BATCH: Final = 64
 _SEARCH_ROWS: Final = 2048
 _BLOCK_ROWS: Final = 1024
 _SCANS_WORTH_AN_ACTOR: Final = 256
+_MAPS_WORTH_AN_ACTOR: Final = 16
 _STARVED_AFTER_SECONDS: Final = 300
 
 
@@ -197,22 +198,63 @@ def score(
         cpus_per_actor: logical CPUs each holds; leave at least one for decoding.
         num_gpus_per_actor: GPUs each holds.
     """
-    size = max(1, min(num_actors, refs.num_rows // _SCANS_WORTH_AN_ACTOR))
+    work = _in_actors(
+        refs, specs, scorer, scorer_args, (num_actors, cpus_per_actor, num_gpus_per_actor),
+        _SCANS_WORTH_AN_ACTOR,
+    )  # fmt: skip
     with bounded_retries():
-        decode(refs, DecodeStage(specs)).map_batches(
-            scorer,
-            fn_constructor_args=scorer_args,
-            batch_size=_SCORE_BATCH,
+        work.write_parquet(
+            output,
+            mode="append",
+            min_rows_per_file=50_000,
+            ray_remote_args={"max_retries": MAX_RETRIES},
+        )
+
+
+def explain(
+    refs: pa.Table,
+    specs: tuple[PreprocessSpec, ...],
+    explainer: type[Callable[[Columns], Any]],
+    explainer_args: tuple[Any, ...],
+    actors: tuple[int, float, float],
+) -> Iterator[pa.Table]:
+    """Decode scans, run an explainer on them in a pool of actors, and yield its rows as they come.
+
+    Args:
+        refs: rows of `REF_COLUMNS`.
+        specs: as in `score`.
+        explainer: callable class as the scorer of `score`; its rows hold pictures.
+        explainer_args: its constructor's arguments.
+        actors: their number at most, and logical CPUs and GPUs of each.
+    """
+    work = _in_actors(refs, specs, explainer, explainer_args, actors, _MAPS_WORTH_AN_ACTOR)
+    progress = Progress("explained", refs.num_rows)
+    for table in work.iter_batches(batch_size=None, batch_format="pyarrow"):
+        progress.add(table.num_rows)
+        yield table
+
+
+def _in_actors(
+    refs: pa.Table,
+    specs: tuple[PreprocessSpec, ...],
+    worker: type[Callable[[Columns], Any]],
+    worker_args: tuple[Any, ...],
+    actors: tuple[int, float, float],
+    scans_worth_one: int,
+) -> ray.data.Dataset:
+    """Return decoded scans, worked on in batches by as many actors as are worth their start."""
+    num_actors, cpus_per_actor, num_gpus_per_actor = actors
+    size = max(1, min(num_actors, refs.num_rows // scans_worth_one))
+    with bounded_retries():
+        return decode(refs, DecodeStage(specs)).map_batches(
+            worker,
+            fn_constructor_args=worker_args,
+            batch_size=min(_SCORE_BATCH, scans_worth_one),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size),
             num_cpus=cpus_per_actor,
             num_gpus=num_gpus_per_actor or None,
             max_restarts=MAX_RETRIES,
             max_task_retries=MAX_RETRIES,
-        ).write_parquet(
-            output,
-            mode="append",
-            min_rows_per_file=50_000,
-            ray_remote_args={"max_retries": MAX_RETRIES},
         )
 
 

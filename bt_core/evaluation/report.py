@@ -17,6 +17,7 @@ from bt_core.evaluation.intervals import estimate
 from bt_core.evaluation.metrics import confusion_matrix
 from bt_core.evaluation.predictions import Scans
 from bt_core.evaluation.reliability import calibration_figures
+from bt_core.evaluation.sheets import KINDS, chosen_scans, map_figures, sheets
 from bt_core.evaluation.slices import slice_figures
 from bt_core.labels import LabelSpace
 from bt_core.models.bundle import BundleInfo
@@ -109,11 +110,20 @@ def _in_depth(scans: Scans, space: LabelSpace) -> dict[str, Any]:
 def write_report(
     location: str,
     predictions: pa.Table,
+    explained: pa.Table | None,
     figures: dict[str, Any],
     bundle: BundleInfo,
     dataset: DatasetInfo,
 ) -> None:
     """Write metrics.json, report.html (self-contained) and its pictures into a folder.
+
+    Args:
+        location: the folder.
+        predictions: see `predictions.join_truth`.
+        explained: rows of `explainer.SCHEMA` of `sheets.chosen_scans`; None draws no maps.
+        figures: of `evaluate`; gains `explanations`.
+        bundle: what was evaluated.
+        dataset: on what.
 
     Raises:
         RunError: if there are no clean figures; a report without them would mislead.
@@ -125,7 +135,18 @@ def write_report(
         )
     space = bundle.label_space
     scans = Scans.of(predictions, space)
-    pictures = plots.report_pictures(figures, scans.where(scans.clean_N), space)
+    clean = scans.where(scans.clean_N)
+    pictures = plots.report_pictures(figures, clean, space)
+    figures["explanations"] = None
+    if explained is not None:
+        chosen = chosen_scans(clean, space)
+        label_of = {
+            str(i): space.names[k] for i, k in zip(clean.scan_id, clean.labels_N, strict=True)
+        }
+        pictures |= sheets(explained, chosen, label_of)
+        sample = [row for row in explained.to_pylist() if row["scan_id"] in set(chosen["sample"])]
+        figures["explanations"] = map_figures(sample)
+        storage.write_table(storage.join(location, "explanations.parquet"), explained)
     provenance = {
         "bundle_id": bundle.bundle_id,
         "dataset_digest": dataset.digest,
@@ -140,6 +161,7 @@ def write_report(
         provenance=provenance,
         names=space.names,
         pictures=pictures,
+        sheet_titles=KINDS,
     )
     for name, png in pictures.items():
         storage.write_bytes(storage.join(location, f"{name}.png"), png)

@@ -11,6 +11,7 @@ import torch
 
 from bt_core.errors import BundleError
 from bt_core.models.bundle import Bundle
+from bt_core.models.classifier import Classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.scans.preprocess import PreprocessSpec
 
@@ -40,7 +41,7 @@ class Predictor:
         self.device = torch.device(device)
         self.specs, self._spec_of = distinct_specs([m.preprocess for m in bundle.info.members])
         self._preprocessors: list[Preprocessor] = []
-        self._models: list[torch.nn.Module] = []
+        self.models: list[Classifier] = []
         for member in bundle.info.members:
             preprocessor = Preprocessor(member.preprocess)
             if preprocessor.golden_digest != member.golden_digest:
@@ -49,7 +50,7 @@ class Predictor:
                     "from the one that trained it; install the versions of requirements.lock"
                 )
             self._preprocessors.append(preprocessor)
-            self._models.append(bundle.load_member(member).to(self.device))
+            self.models.append(bundle.load_member(member).to(self.device))
 
     @torch.inference_mode()
     def logits(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
@@ -58,8 +59,13 @@ class Predictor:
         Args:
             pixels: for each of `specs`, in their order, pixels_BSS uint8 of the same B scans.
         """
-        members = zip(self._models, self._preprocessors, self._spec_of, strict=True)
+        members = zip(self.models, self._preprocessors, self._spec_of, strict=True)
         return np.stack([self._member_logits(m, p, pixels[i]) for m, p, i in members])
+
+    def inputs(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Return each member's model input images_BCSS, on the device, of what `logits` takes."""
+        members = zip(self._preprocessors, self._spec_of, strict=True)
+        return [p.batch(pixels[i]).to(self.device) for p, i in members]
 
     def _member_logits(
         self, model: torch.nn.Module, preprocessor: Preprocessor, pixels_BSS: np.ndarray

@@ -110,15 +110,33 @@ def crop_to_head(image_HW: np.ndarray) -> np.ndarray:
     The image is returned whole if that region covers less than a tenth of it: then no head was
     found.
     """
+    contour = _head_contour(image_HW)
+    if contour is None:
+        return image_HW
+    x, y, width, height = cv2.boundingRect(contour)
+    return image_HW[y : y + height, x : x + width]
+
+
+def head_mask(image_HW: np.ndarray) -> np.ndarray:
+    """Return mask_HW bool: that region with what it encloses; all of the image without a head."""
+    contour = _head_contour(image_HW)
+    if contour is None:
+        return np.ones(image_HW.shape, dtype=bool)
+    mask_HW = np.zeros(image_HW.shape, np.uint8)
+    cv2.drawContours(mask_HW, [cv2.convexHull(contour)], -1, 1, thickness=cv2.FILLED)
+    return mask_HW.astype(bool)
+
+
+def _head_contour(image_HW: np.ndarray) -> np.ndarray | None:
+    """Return the largest bright region's outline, or None if its box is below a tenth."""
     smooth = cv2.GaussianBlur(image_HW, (5, 5), 0)
     _, mask = cv2.threshold(smooth, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     if not contours:
-        return image_HW
-    x, y, width, height = cv2.boundingRect(max(contours, key=cv2.contourArea))
-    if width * height < 0.1 * image_HW.size:
-        return image_HW
-    return image_HW[y : y + height, x : x + width]
+        return None
+    largest = np.asarray(max(contours, key=cv2.contourArea))
+    _, _, width, height = cv2.boundingRect(largest)
+    return None if width * height < 0.1 * image_HW.size else largest
 
 
 def _pad_to_square(image_HW: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 
+import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ from bt_core.models.bundle import Bundle
 from bt_core.models.classifier import rebuild_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.run import Run
+from bt_core.scans.phantom import phantom_slice
 from tests.conftest import SMALL, bt
 
 pytestmark = pytest.mark.integration
@@ -113,8 +115,32 @@ def test_the_report_agrees_with_its_own_predictions(chain):
     assert (opening.command, opening.dataset_digest) == ("evaluate", metrics["dataset_digest"])
     assert opening.run_id == metrics["bundle_id"]
     assert metrics["num_test_openings"] == 1
-    assert page.count("<img") == len(list(chain.report.glob("*.png"))) == 6
+    assert page.count("<img") == len(list(chain.report.glob("*.png"))) >= 7
+    assert "Where it looks" in page
+    assert metrics["explanations"]["num"] > 0
     assert "http" not in page.split("<body>")[1], "the page needs no network"
+
+
+def test_every_scan_of_an_archive_is_explained_or_has_its_reason(chain, tmp_path, capfd):
+    source, out = tmp_path / "scans", tmp_path / "out"
+    source.mkdir()
+    for seed, label in enumerate(("glioma", "no_tumor")):
+        cv2.imwrite(str(source / f"{label}.png"), phantom_slice(label, seed, 96))
+    (source / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    assert bt("explain", chain.bundle, source, "-o", out) == 3
+    assert "2 of 3 scans explained" in capfd.readouterr().out
+    found = rows(out / "explanations.parquet")
+    assert sorted(bool(row["reason"]) and not row["method"] for row in found) == [
+        False,
+        False,
+        True,
+    ]
+    assert len(list((out / "overlays").glob("*.png"))) == 2
+    picture = tmp_path / "one.png"
+    assert bt("explain", chain.bundle, source / "glioma.png", "-o", picture) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert bt("explain", chain.bundle, source / "glioma.png", "-o", picture) == 2
+    assert bt("explain", chain.bundle, source, "-o", tmp_path / "many.png") == 2
 
 
 def test_reports_are_held_against_each_other_and_against_a_requirement(chain, tmp_path, capfd):

@@ -20,12 +20,12 @@ from bt_core.labels import LABEL_SPACES
 SPACE = LABEL_SPACES["four_class"]
 
 
-def tables(num=120, seed=0, **changed):
+def tables(num=120, seed=0, bonus=1.0, **changed):
     """Score rows in one order and catalog rows in another; families of two scans each."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(4, size=num)
     probs = generator.dirichlet(np.ones(4), size=num)
-    probs[np.arange(num), labels] += 1.0
+    probs[np.arange(num), labels] += bonus
     probs /= probs.sum(1, keepdims=True)
     ids = [f"{i:04}" for i in range(num)]
     scores = pa.table(
