@@ -139,9 +139,13 @@ def worker_batch_size(num_scans: int, batch_size: int, world_size: int) -> int:
     return max(1, min(batch_size, num_scans) // world_size)
 
 
-def validation_batch_size(worker_batch_size: int) -> int:
-    """Return a number of scans that fits, without gradients, where training does."""
-    return min(64, 2 * worker_batch_size)
+def validation_batch_size(worker_batch_size: int, device: torch.device) -> int:
+    """Return a number of scans that fits, without gradients, where training does.
+
+    On CPUs a small one, whose activations stay in the cache: MobileNetV2 at 192 px on two threads
+    gave 274 images/s with 8 and 127 with 64.
+    """
+    return min(8 if device.type == "cpu" else 64, 2 * worker_batch_size)
 
 
 def steps_per_epoch(num_scans: int, batch_size: int, world_size: int) -> int:

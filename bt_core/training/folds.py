@@ -162,7 +162,7 @@ class FoldContext:
 
     def validation_batches(self) -> Iterator[Batch]:
         """Yield all validation scans."""
-        size = validation_batch_size(self._batch_size)
+        size = validation_batch_size(self._batch_size, self.device)
         for start in range(0, len(self._validation_N), size):
             yield self._batch(self._validation_N[start : start + size])
 

@@ -90,7 +90,7 @@ class RayContext:
     def validation_batches(self) -> Iterator[Batch]:
         """Stream all validation rows and keep those whose id falls to this worker."""
         shard = ray.train.get_dataset_shard("validation")
-        size = validation_batch_size(self._batch_size)
+        size = validation_batch_size(self._batch_size, self.device)
         for batch in shard.iter_batches(batch_size=size, batch_format="numpy"):
             mine = np.array([_owner(i, self.world_size) == self.rank for i in batch["scan_id"]])
             if mine.any():
