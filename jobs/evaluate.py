@@ -73,7 +73,7 @@ def run(
         scores = score_refs(opened, test.select(list(REF_COLUMNS)), out, device)
         _refuse_changed_source(test, scores)
         predictions = join_truth(scores, test)
-        figures = evaluate(predictions, space, shares)
+        figures = evaluate(predictions, space, opened.info.review, shares)
         figures["num_test_openings"] = dataset.num_openings()
         explained = None
         if explain and figures["clean"] is not None:

@@ -34,7 +34,8 @@ def assemble(runs: Sequence[Run]) -> BundleInfo:
     averaged_NK = averaged_log_probs(logits_MNK, weights, temperatures)
     temperature = fit_temperature(averaged_NK, labels_N)
     probs_NK = combine(logits_MNK, weights, temperatures, temperature)
-    review = fit_review(probs_NK, labels_N)
+    groups = np.unique(tables[0]["group"].to_pylist(), return_inverse=True)[1]
+    review = fit_review(probs_NK, labels_N, runs[0].info.label_space, groups)
     return BundleInfo(
         label_space=runs[0].info.label_space,
         members=tuple(

@@ -53,7 +53,8 @@ class Ensemble:
             [m.temperature for m in info.members],
             info.temperature,
         )
-        sets_BK = prediction_sets(probs_BK, info.review.conformal_min_prob)
+        min_probs_K = [info.review.conformal_min_probs[name] for name in info.label_space.names]
+        sets_BK = prediction_sets(probs_BK, min_probs_K)
         return [
             self._fields(probs, chosen, index_key(digest) in self._trained_on)
             for probs, chosen, digest in zip(probs_BK, sets_BK, pixel_sha256, strict=True)

@@ -1,30 +1,43 @@
 """Which answers a person should see. Shape suffixes: N scans, K classes."""
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from bt_core.labels import LabelSpace
 from bt_core.models.bundle import ReviewInfo
 
 
 def fit_review(
     probs_NK: np.ndarray,
     labels_N: np.ndarray,
+    space: LabelSpace,
+    family_N: np.ndarray | None = None,
     target_accuracy: float = 0.98,
     conformal_level: float = 0.95,
+    max_missed_tumor_rate: float = 0.01,
 ) -> ReviewInfo:
     """Choose the review rule on validation scans.
 
     The confidence threshold is the lowest one at which the scans at or above it are right at
-    `target_accuracy` or more. Prediction sets are split-conformal with the score 1 - p(true class)
-    (Sadinle et al. 2019, "Least ambiguous set-valued classifiers").
+    `target_accuracy` or more. Prediction sets are split-conformal with the score 1 - p(true class),
+    for each class by itself (Sadinle et al. 2019), so that no class pays for another. What is above
+    `healthy_above` may be called free of a tumour: of new tumours no more than
+    `max_missed_tumor_rate` are there.
+
+    Both promises are for a scan of a new family, one scan of each: families count once (Lee, Barber
+    & Willett 2023, "Distribution-free inference with hierarchical data"). Counting scans instead
+    takes copies for evidence, and promises more than it holds.
 
     Args:
         probs_NK: calibrated probabilities.
         labels_N: true class indices.
+        space: the classes.
+        family_N: group of copies or of a patient's scans; None takes each scan for its own.
         target_accuracy: wanted accuracy of what is answered without review.
         conformal_level: wanted share of sets that hold the true class.
+        max_missed_tumor_rate: wanted bound of the share of tumours that may be called free of one.
     """
     confidence_N = probs_NK.max(1)
     order = np.argsort(-confidence_N, kind="stable")
@@ -33,17 +46,55 @@ def fit_review(
     last_of_ties = np.append(np.diff(confidence_N[order]) != 0, True)
     good = np.flatnonzero((accuracy >= target_accuracy) & last_of_ties)
     min_confidence = float(confidence_N[order][good[-1]]) if len(good) else 1.0
+    families_N = np.arange(len(labels_N)) if family_N is None else family_N
+    ill_N = labels_N != space.healthy
+    healthy_above = conformal_quantile(
+        probs_NK[ill_N, space.healthy], families_N[ill_N], 1 - max_missed_tumor_rate
+    )
     return ReviewInfo(
         min_confidence=min_confidence,
         target_accuracy=target_accuracy,
         conformal_level=conformal_level,
-        conformal_min_prob=_conformal_min_prob(probs_NK, labels_N, conformal_level),
+        conformal_min_probs={
+            name: 1.0
+            - conformal_quantile(
+                1.0 - probs_NK[labels_N == k, k], families_N[labels_N == k], conformal_level
+            )
+            for k, name in enumerate(space.names)
+        },
+        max_missed_tumor_rate=max_missed_tumor_rate,
+        healthy_above=healthy_above,
     )
 
 
-def prediction_sets(probs_NK: np.ndarray, min_prob: float) -> np.ndarray:
-    """Return bool (N, K): the classes of each set; the likeliest class is always in it."""
-    sets_NK = probs_NK >= min_prob
+def conformal_quantile(scores_N: np.ndarray, family_N: np.ndarray, level: float) -> float:
+    """Return the score that one of a new family does not exceed, `level` of the time or more.
+
+    Args:
+        scores_N: in [0, 1].
+        family_N: families; each weighs as much as another, whatever its size, and the new one too.
+        level: in (0, 1).
+
+    Returns:
+        1 if there are too few families to promise it.
+    """
+    if not len(scores_N):
+        return 1.0
+    code_N, size_F = np.unique(family_N, return_inverse=True, return_counts=True)[1:]
+    order = np.argsort(scores_N, kind="stable")
+    passed_N = np.cumsum((1 / size_F[code_N])[order]) / (len(size_F) + 1)
+    enough = np.flatnonzero(passed_N >= level - 1e-12)
+    return float(scores_N[order][enough[0]]) if len(enough) else 1.0
+
+
+def prediction_sets(probs_NK: np.ndarray, min_probs_K: Sequence[float]) -> np.ndarray:
+    """Return bool (N, K): the classes of each set; the likeliest class is always in it.
+
+    Args:
+        probs_NK: calibrated probabilities.
+        min_probs_K: each class's probability from which it is in the set.
+    """
+    sets_NK = probs_NK >= np.array(min_probs_K)
     sets_NK[np.arange(len(probs_NK)), probs_NK.argmax(1)] = True
     return sets_NK
 
@@ -54,12 +105,3 @@ def of_frame(answer: dict[str, Any], frame_index: int, num_frames: int) -> dict[
     if num_frames > 1 and answer["status"] == "scored":
         answer |= {"status": "deferred", "reason": "one_of_many_frames"}
     return answer
-
-
-def _conformal_min_prob(probs_NK: np.ndarray, labels_N: np.ndarray, level: float) -> float:
-    num = len(labels_N)
-    rank = math.ceil((num + 1) * level)
-    if rank > num:
-        return 0.0  # too few scans to promise the level: every class stays in
-    scores_N = np.sort(1.0 - probs_NK[np.arange(num), labels_N])
-    return float(max(0.0, 1.0 - scores_N[rank - 1]))

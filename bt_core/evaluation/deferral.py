@@ -58,3 +58,33 @@ def set_figures(
         "single": float((size_N == 1).mean()),
         "per_class": {name: of(labels_N == k) for k, name in enumerate(names)},
     }
+
+
+def clearance(
+    ill_N: np.ndarray, healthy_prob_N: np.ndarray, family_N: np.ndarray, above: float
+) -> dict[str, Any]:
+    """Return what comes of calling scans free of a tumour above a probability of none.
+
+    Args:
+        ill_N: bool, whether the scan has a tumour.
+        healthy_prob_N: probability of none.
+        family_N: families, from 0 up.
+        above: the threshold, chosen on validation scans.
+
+    Returns:
+        `above`; `missed`: share of tumours that are called free of one, and `missed_by_family` with
+        each family counting once; `cleared`: share of the other scans. None without such scans.
+    """
+    passed_N = healthy_prob_N > above
+    weight_N = 1 / np.bincount(family_N)[family_N]
+
+    def share(chosen_N: np.ndarray, weights_N: np.ndarray) -> float | None:
+        total = float(weights_N[chosen_N].sum())
+        return float(weights_N[chosen_N & passed_N].sum()) / total if total else None
+
+    return {
+        "above": above,
+        "missed": share(ill_N, np.ones(len(ill_N))),
+        "missed_by_family": share(ill_N, weight_N),
+        "cleared": share(~ill_N, np.ones(len(ill_N))),
+    }

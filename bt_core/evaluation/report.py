@@ -12,7 +12,7 @@ from bt_core.data.page import render
 from bt_core.errors import RunError
 from bt_core.evaluation import plots
 from bt_core.evaluation.benefit import decision_curve
-from bt_core.evaluation.deferral import risk_coverage, set_figures
+from bt_core.evaluation.deferral import clearance, risk_coverage, set_figures
 from bt_core.evaluation.intervals import estimate
 from bt_core.evaluation.metrics import confusion_matrix
 from bt_core.evaluation.predictions import Scans
@@ -20,20 +20,24 @@ from bt_core.evaluation.reliability import calibration_figures
 from bt_core.evaluation.sheets import KINDS, chosen_scans, map_figures, sheets
 from bt_core.evaluation.slices import slice_figures
 from bt_core.labels import LabelSpace
-from bt_core.models.bundle import BundleInfo
+from bt_core.models.bundle import BundleInfo, ReviewInfo
 
 SCHEMA_VERSION: Final = 1
 """Of metrics.json."""
 
 
 def evaluate(
-    predictions: pa.Table, space: LabelSpace, prevalence: dict[str, float] | None = None
+    predictions: pa.Table,
+    space: LabelSpace,
+    review: ReviewInfo,
+    prevalence: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return all figures of a predictions table.
 
     Args:
         predictions: see `predictions.join_truth`.
         space: the classes.
+        review: the bundle's, for what it promises.
         prevalence: shares of the classes where the classifier will be used.
 
     Returns:
@@ -41,8 +45,8 @@ def evaluate(
         trained on, the headline; `all`: figures on all answered scans; `answered`: on the clean
         ones without those deferred. Each has num_scans, num_families, confusion_matrix, and
         `by_scan` and `by_family` (see `intervals.estimate`), and is None without scans. On the
-        clean scans also `calibration`, `deferral`, `prediction_sets`, `decision_curves` and
-        `slices`. `flow`: counts by status and reason.
+        clean scans also `calibration`, `deferral`, `prediction_sets`, `clearance`,
+        `decision_curves` and `slices`. `flow`: counts by status and reason.
 
     Raises:
         RunError: if no scan could be read.
@@ -63,7 +67,7 @@ def evaluate(
         "num_seen_in_training": len(scans) - len(clean),
         **{name: _figures(part, space, prevalence) for name, part in subsets.items()},
     }
-    return found if not len(clean) else found | _in_depth(clean, space)
+    return found if not len(clean) else found | _in_depth(clean, space, review)
 
 
 def _figures(
@@ -91,9 +95,9 @@ def _counts(scans: Scans, space: LabelSpace) -> list[int]:
     return [int(n) for n in np.bincount(scans.labels_N, minlength=space.num_classes)]
 
 
-def _in_depth(scans: Scans, space: LabelSpace) -> dict[str, Any]:
-    ill_N, ill_prob_N = scans.labels_N != space.healthy, 1 - scans.probs_NK[:, space.healthy]
-    curves = {"any tumour": decision_curve(ill_N, ill_prob_N, scans.family_N)}
+def _in_depth(scans: Scans, space: LabelSpace, review: ReviewInfo) -> dict[str, Any]:
+    ill_N, healthy_prob_N = scans.labels_N != space.healthy, scans.probs_NK[:, space.healthy]
+    curves = {"any tumour": decision_curve(ill_N, 1 - healthy_prob_N, scans.family_N)}
     for k, name in enumerate(space.names):
         if k != space.healthy and space.num_classes > 2:
             own_N = scans.labels_N == k
@@ -102,6 +106,7 @@ def _in_depth(scans: Scans, space: LabelSpace) -> dict[str, Any]:
         "calibration": calibration_figures(scans.labels_N, scans.probs_NK),
         "deferral": risk_coverage(scans.confidence_N, scans.right_N),
         "prediction_sets": set_figures(scans.labels_N, scans.sets_NK, space.names),
+        "clearance": clearance(ill_N, healthy_prob_N, scans.family_N, review.healthy_above),
         "decision_curves": curves,
         "slices": slice_figures(scans, space),
     }

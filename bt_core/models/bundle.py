@@ -26,7 +26,7 @@ from bt_core.models.classifier import Classifier, rebuild_classifier
 from bt_core.models.spec import ModelSpec
 from bt_core.scans.preprocess import PreprocessSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_FILE = "training_index.safetensors"
 
 
@@ -52,9 +52,13 @@ class ReviewInfo(StrictModel):
     target_accuracy: float
     """Accuracy on the answered validation scans that `min_confidence` was chosen for."""
     conformal_level: float
-    """Share of scans whose prediction set holds the true class."""
-    conformal_min_prob: float
-    """Classes with at least this probability are in the prediction set."""
+    """Share of the scans of each class whose prediction set holds it."""
+    conformal_min_probs: dict[str, float]
+    """Probability of each class from which it is in the prediction set."""
+    max_missed_tumor_rate: float
+    """Share of tumours that `healthy_above` lets pass, at most."""
+    healthy_above: float = Field(ge=0, le=1)
+    """Probability of no tumour above which a scan may be called free of one."""
 
 
 class BundleInfo(StrictModel):
@@ -134,12 +138,15 @@ class Bundle:
             raise BundleError(f"{self.location} is not a bundle folder; make one with bt ensemble")
         try:
             content = storage.loads_json(self._read("bundle.json"))
-            info = parse(BundleInfo, content, where)
-        except (ValueError, ConfigError) as error:
+            version = content.get("format_version")
+            if version == FORMAT_VERSION:
+                info = parse(BundleInfo, content, where)
+        except (ValueError, AttributeError, ConfigError) as error:
             raise BundleError(f"{where} cannot be understood: {error}") from error
-        if info.format_version != FORMAT_VERSION:
+        if version != FORMAT_VERSION:
             raise BundleError(
-                f"{where} has format {info.format_version}; this version reads {FORMAT_VERSION}"
+                f"{where} has format {version}; this version reads {FORMAT_VERSION}: make it again "
+                "with bt ensemble, or use the version of bt that it names"
             )
         # Of the file as it is: settings that came later have their defaults in `info`.
         if _digest(content) != info.bundle_id:

@@ -5,7 +5,8 @@
     run.json             RunInfo; written last, so its presence means that the run is finished
     recipe.json          every setting, as resolved
     history.jsonl        one line per epoch
-    validation.parquet   scan_id, label, logits of every validation scan at the kept epoch
+    validation.parquet   scan_id, label, logits, group (family or patient) of every validation scan
+                         at the kept epoch
     training_scans.parquet  pixel digests of the scans that were trained on
     model.safetensors    weights of the kept epoch
     started.json, checkpoints/   for resuming; not needed afterwards
@@ -88,7 +89,7 @@ class Run:
         return safetensors.torch.load(content)
 
     def validation(self) -> pa.Table:
-        """Return scan_id, label (class index) and logits of all validation scans, by scan_id."""
+        """Return scan_id, label (class index), logits and group of all validation scans, sorted."""
         table = storage.read_table(storage.join(self.location, "validation.parquet"))
         return table.sort_by("scan_id")
 

@@ -251,6 +251,10 @@ def _finish(
         state = torch.load(os.path.join(folder, STATE_FILE), weights_only=True, map_location="cpu")
         validation = storage.read_table(os.path.join(folder, PREDICTIONS_FILE))
     model.load_state_dict(state["model"])
+    columns = dataset.split("validation").select(["scan_id", "group"]).to_pydict()
+    group_of = dict(zip(columns["scan_id"], columns["group"], strict=True))
+    groups = [group_of[scan_id] for scan_id in validation["scan_id"].to_pylist()]
+    validation = validation.append_column("group", pa.array(groups, pa.string()))
     info = RunInfo(
         name=os.path.basename(location),
         recipe=recipe.model_dump(mode="json"),

@@ -7,7 +7,7 @@ from sklearn.calibration import calibration_curve
 
 from bt_core.errors import RunError
 from bt_core.evaluation.benefit import THRESHOLDS, decision_curve
-from bt_core.evaluation.deferral import risk_coverage, set_figures
+from bt_core.evaluation.deferral import clearance, risk_coverage, set_figures
 from bt_core.evaluation.predictions import SLICE_COLUMNS, Scans, join_truth
 from bt_core.evaluation.reliability import (
     calibration_figures,
@@ -16,8 +16,17 @@ from bt_core.evaluation.reliability import (
 )
 from bt_core.evaluation.report import evaluate
 from bt_core.labels import LABEL_SPACES
+from bt_core.models.bundle import ReviewInfo
 
 SPACE = LABEL_SPACES["four_class"]
+REVIEW = ReviewInfo(
+    min_confidence=0.5,
+    target_accuracy=0.98,
+    conformal_level=0.95,
+    conformal_min_probs=dict.fromkeys(SPACE.names, 0.1),
+    max_missed_tumor_rate=0.01,
+    healthy_above=0.8,
+)
 
 
 def tables(num=120, seed=0, bonus=1.0, **changed):
@@ -66,14 +75,14 @@ def test_predictions_meet_the_truth_by_id_whatever_the_order():
 def test_figures_stand_under_clean_and_under_all_and_clean_leaves_whole_copies_out():
     copied = [i % 4 == 0 for i in range(120)]
     scores, truth = tables(copy_in_training=copied)
-    found = evaluate(join_truth(scores, truth), SPACE)
+    found = evaluate(join_truth(scores, truth), SPACE, REVIEW)
     assert (found["all"]["num_scans"], found["clean"]["num_scans"]) == (120, 90)
     assert found["num_seen_in_training"] == 30
     assert found["clean"]["by_scan"].keys() == found["all"]["by_scan"].keys()
     assert found["clean"]["by_scan"].keys() == found["clean"]["by_family"].keys()
     scores = scores.set_column(2, "reason", pa.array(["too_small"] * 120))
     scores = scores.set_column(1, "status", pa.array(["rejected"] * 119 + ["deferred"]))
-    part = evaluate(join_truth(scores, truth), SPACE)
+    part = evaluate(join_truth(scores, truth), SPACE, REVIEW)
     assert part["flow"]["by_status"] == {
         "deferred: too_small": 1, "rejected: too_small": 119
     }  # fmt: skip
@@ -83,7 +92,7 @@ def test_figures_stand_under_clean_and_under_all_and_clean_leaves_whole_copies_o
 
 def test_a_bundle_that_was_trained_on_every_scan_has_no_clean_figures():
     scores, truth = tables(copy_in_training=[True] * 120)
-    found = evaluate(join_truth(scores, truth), SPACE)
+    found = evaluate(join_truth(scores, truth), SPACE, REVIEW)
     assert found["clean"] is None
     assert "calibration" not in found
 
@@ -136,6 +145,16 @@ def test_prediction_sets_are_counted_over_all_scans_and_each_class():
     assert found["per_class"]["c"] == {"num": 0, "coverage": None, "mean_size": None}
 
 
+def test_clearance_counts_scans_and_families():
+    ill = np.array([True, True, True, False, False])
+    found = clearance(ill, np.array([0.9, 0.1, 0.2, 0.95, 0.5]), np.array([0, 1, 1, 2, 2]), 0.8)
+    assert found["missed"] == pytest.approx(1 / 3)
+    assert found["missed_by_family"] == pytest.approx(1 / 2)
+    assert found["cleared"] == pytest.approx(1 / 2)
+    none = clearance(ill[:3], np.ones(3), np.arange(3), 1.0)
+    assert (none["missed"], none["cleared"]) == (0.0, None)
+
+
 def test_net_benefit_is_that_of_the_formula():
     positive = np.array([True, True, False, False, False])
     score = np.array([0.9, 0.4, 0.6, 0.2, 0.1])
@@ -159,7 +178,7 @@ def test_the_worst_slice_is_named():
         values = np.where(wrong, said_next, joined[f"prob_{name}"].to_numpy())
         place = joined.schema.get_field_index(f"prob_{name}")
         joined = joined.set_column(place, f"prob_{name}", pa.array(values))
-    found = evaluate(joined, SPACE)["slices"]
+    found = evaluate(joined, SPACE, REVIEW)["slices"]
     assert {one["column"] for one in found["slices"]} == {"given_split", "width"}
     assert (found["worst"]["column"], found["worst"]["value"]) == ("given_split", "bad")
     assert found["worst"]["below_all"]

@@ -49,7 +49,12 @@ def make_bundle(location, sizes=(32, 48), **changes):
         )
         weights[name] = model.state_dict()
     review = ReviewInfo(
-        min_confidence=0.3, target_accuracy=0.98, conformal_level=0.9, conformal_min_prob=0.2
+        min_confidence=0.3,
+        target_accuracy=0.98,
+        conformal_level=0.9,
+        conformal_min_probs=dict.fromkeys(SPACE.names, 0.2),
+        max_missed_tumor_rate=0.01,
+        healthy_above=0.9,
     )
     info = BundleInfo(
         label_space=SPACE, members=tuple(members), temperature=0.9, review=review, metrics={},
