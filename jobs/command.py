@@ -56,7 +56,18 @@ TaskOption = Annotated[
 ]
 
 _LOCATIONS: Final = frozenset(
-    {"source", "bundle", "out", "data", "runs", "resolve", "keep_splits", "sweep", "reports"}
+    {
+        "source",
+        "bundle",
+        "out",
+        "data",
+        "runs",
+        "resolve",
+        "keep_splits",
+        "sweep",
+        "reports",
+        "models",
+    }
 )
 """Parameters that hold paths, made absolute for a submitted job, whose folder is another."""
 

@@ -46,7 +46,7 @@ def run(
     }
     found = compare(models, space)
     found["difference"] = found["pairs"][0]["difference"]
-    _print(found)
+    print_comparison(found)
     if out is not None:
         storage.write_json(storage.absolute(out), found)
     return EXIT_OK if all_met(requirements, found) else EXIT_FAILED
@@ -60,7 +60,9 @@ def _metrics(report: str) -> dict[str, Any]:
     return metrics
 
 
-def _print(found: dict[str, Any]) -> None:
+def print_comparison(found: dict[str, Any]) -> None:
+    """Print what `comparison.compare` found: ranks with ties, and each pair's difference."""
+
     def shown(one: dict[str, Any], sign: str = "") -> str:
         if one["value"] is None:
             return "-"

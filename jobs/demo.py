@@ -53,7 +53,7 @@ def run(
         train.run("mobilenetv2", dataset, runs[1], [f"model.weights={weights}", *common, *scratch])
         _say("4/6", "ensemble and evaluate")
         ensemble.run(runs, bundle)
-        codes.append(evaluate.run(bundle, dataset, storage.join(out, "report")))
+        codes.append(evaluate.run([bundle], dataset, storage.join(out, "report")))
         _say("5/6", f"score {unlabelled}")
         codes.append(score.run(bundle, unlabelled, storage.join(out, "scores")))
         _say("6/6", "serve the bundle and send it one scan")

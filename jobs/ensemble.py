@@ -1,12 +1,18 @@
 """`bt ensemble`: finished runs become a calibrated bundle."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_OK, UsageError
 from jobs.command import OutOption, OverwriteOption
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bt_core.models.bundle import BundleInfo
+    from bt_core.models.run import Run
 
 
 def run(
@@ -15,27 +21,16 @@ def run(
     overwrite: OverwriteOption = False,
 ) -> int:
     """Put runs into one bundle: equal weights, temperatures fitted on the validation scans."""
-    from bt_core.ensemble.build import assemble
-    from bt_core.evaluation.model_card import model_card
-    from bt_core.models.bundle import write_bundle
     from bt_core.models.run import Run
 
     out = storage.absolute(out)
     loaded = [Run(location) for location in runs]
-    info = assemble(loaded)
     if storage.exists(out):
         if not overwrite:
             raise UsageError(f"{out} exists; choose another -o, or pass --overwrite")
         if not storage.exists(storage.join(out, "bundle.json")):
             raise UsageError(f"{out} is not a bundle, so it is not overwritten; choose another -o")
-        storage.remove_dir(out)
-    info = write_bundle(
-        out,
-        info,
-        {run.info.name: run.state_dict() for run in loaded},
-        [digest for run in loaded for digest in run.training_digests()],
-        model_card(info),
-    )
+    info = build(out, loaded)
     metrics = info.metrics
     print(
         f"bundle {info.bundle_id}: {len(info.members)} members, validation accuracy "
@@ -44,6 +39,23 @@ def run(
     )
     print(f"bundle in {out}")
     return EXIT_OK
+
+
+def build(out: str, runs: "Sequence[Run]") -> "BundleInfo":
+    """Write a calibrated bundle of finished runs, in place of one that is there."""
+    from bt_core.ensemble.build import assemble
+    from bt_core.evaluation.model_card import model_card
+    from bt_core.models.bundle import write_bundle
+
+    info = assemble(runs)
+    storage.remove_dir(out)
+    return write_bundle(
+        out,
+        info,
+        {run.info.name: run.state_dict() for run in runs},
+        [digest for run in runs for digest in run.training_digests()],
+        model_card(info),
+    )
 
 
 if __name__ == "__main__":

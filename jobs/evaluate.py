@@ -1,5 +1,7 @@
-"""`bt evaluate`: a bundle on a dataset's test scans becomes figures and a report."""
+"""`bt evaluate`: bundles or runs on test scans, or on an archive, become figures and reports."""
 
+import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -7,24 +9,39 @@ import typer
 from bt_core import storage
 from bt_core.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, DatasetError, UsageError
 from jobs.command import (
-    BundleArgument,
-    DataOption,
     DeviceOption,
     OutOption,
     OverwriteOption,
     RequireOption,
     all_met,
 )
+from jobs.compare import print_comparison
+from jobs.ensemble import build
 from jobs.explain import explain_refs
 from jobs.score import score_refs
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from bt_core.evaluation.predictions import Scans, Tested
+    from bt_core.labels import LabelSpace
+    from bt_core.models.bundle import Bundle
+
 
 def run(
-    bundle: BundleArgument,
-    data: DataOption,
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Bundle folders, or folders of finished runs."),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="DIR|SOURCE",
+            help="Dataset folder that bt prepare wrote, or a labelled folder, archive or list for "
+            "external validation.",
+        ),
+    ],
     out: OutOption = "report",
     device: DeviceOption = "auto",
     prevalence: Annotated[
@@ -40,55 +57,167 @@ def run(
     require: RequireOption = None,
     overwrite: OverwriteOption = False,
 ) -> int:
-    """Score the test scans; write report.html, metrics.json, predictions.parquet and pictures."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    """Score test scans; write report.html, metrics.json, predictions.parquet and pictures.
 
-    from bt_core.data.catalog import Dataset
-    from bt_core.data.decode_stage import REF_COLUMNS
+    Several models get a folder each, and are compared. A run is calibrated into a bundle first.
+    """
+    from bt_core.evaluation.comparison import compare
     from bt_core.evaluation.gate import Requirement
-    from bt_core.evaluation.predictions import Scans, join_truth
-    from bt_core.evaluation.report import evaluate, write_report
-    from bt_core.evaluation.sheets import chosen_scans
-    from bt_core.models.bundle import Bundle
     from cluster.session import session
 
-    opened = Bundle(bundle)
-    dataset = Dataset(data)
-    space = opened.info.label_space
-    if dataset.info.label_space != space:
-        raise UsageError(
-            f"the bundle knows {', '.join(space.names)}; the dataset holds "
-            f"{', '.join(dataset.info.label_space.names)}"
-        )
-    shares = _shares(prevalence, space.names) if prevalence else None
     requirements = [Requirement.parse(text) for text in require or []]
     out = storage.absolute(out)
-    held = [n for n in ("metrics.json", "summary.json", "scores") if storage.exists(f"{out}/{n}")]
-    if held and not overwrite:
-        raise UsageError(f"{out} holds {held[0]}; choose another -o, or pass --overwrite")
-    storage.remove_dir(storage.join(out, "scores"))
-    test = dataset.open_test("evaluate", opened.info.bundle_id)
+    places = _places(models, out, overwrite)
+    bundles = {name: _bundle(model, out) for name, model in zip(places, models, strict=True)}
+    space = next(iter(bundles.values())).info.label_space
+    shares = _shares(prevalence, space.names) if prevalence else None
+    codes, scans = [], {}
     with session():
-        scores = score_refs(opened, test.select(list(REF_COLUMNS)), out, device)
-        _refuse_changed_source(test, scores)
-        predictions = join_truth(scores, test)
-        figures = evaluate(predictions, space, opened.info.review, shares)
-        figures["num_test_openings"] = dataset.num_openings()
-        explained = None
-        if explain and figures["clean"] is not None:
-            scans = Scans.of(predictions, space)
-            chosen = chosen_scans(scans.where(scans.clean_N), space)
-            shown = pc.is_in(test["scan_id"], pa.array({i for ids in chosen.values() for i in ids}))
-            refs = test.filter(shown).select(list(REF_COLUMNS))
-            explained = pa.concat_tables(explain_refs(opened, refs, device))
-    write_report(out, predictions, explained, figures, opened.info, dataset.info)
-    storage.remove_dir(storage.join(out, "scores"))  # predictions.parquet has them all
-    _print_summary(figures)
-    print(f"report in {storage.join(out, 'report.html')}")
-    if not all_met(requirements, figures):
-        return EXIT_FAILED
-    return EXIT_OK if figures["all"]["num_scans"] == test.num_rows else EXIT_INCOMPLETE
+        truths = _truths(data, bundles, space)
+        for name, bundle in bundles.items():
+            truth, tested = truths[name]
+            one = _Evaluation(bundle, truth, tested, places[name], device, shares, explain)
+            figures, scans[name] = one.run()
+            print(f"report in {storage.join(places[name], 'report.html')}")
+            met = all_met(requirements, figures)
+            whole = figures["all"]["num_scans"] == truth.num_rows
+            codes.append(EXIT_FAILED if not met else EXIT_OK if whole else EXIT_INCOMPLETE)
+    if len(scans) > 1:
+        comparison = compare(scans, space)
+        print_comparison(comparison)
+        storage.write_json(storage.join(out, "comparison.json"), comparison)
+    return EXIT_FAILED if EXIT_FAILED in codes else max(codes)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """One model on the scans that are tested."""
+
+    bundle: "Bundle"
+    truth: "pa.Table"
+    tested: "Tested"
+    out: str
+    device: str
+    prevalence: dict[str, float] | None
+    explain: bool
+
+    def run(self) -> tuple[dict[str, Any], "Scans"]:
+        """Score, report, and return the figures and the answered scans."""
+        from bt_core.data.decode_stage import REF_COLUMNS
+        from bt_core.evaluation.predictions import Scans, join_truth
+        from bt_core.evaluation.report import evaluate, write_report
+
+        refs = self.truth.select(list(REF_COLUMNS))
+        scores = score_refs(self.bundle, refs, self.out, self.device)
+        _refuse_changed_source(self.truth, scores)
+        predictions = join_truth(scores, self.truth)
+        info = self.bundle.info
+        figures = evaluate(predictions, info.label_space, info.review, self.prevalence)
+        scans = Scans.of(predictions, info.label_space)
+        explained = self._explained(scans) if self.explain and scans.clean_N.any() else None
+        write_report(self.out, predictions, explained, figures, info, self.tested)
+        storage.remove_dir(storage.join(self.out, "scores"))  # predictions.parquet has them all
+        _print_summary(figures, self.tested)
+        return figures, scans
+
+    def _explained(self, scans: "Scans") -> "pa.Table":
+        """Return the explanations of the scans that the report shows."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        from bt_core.data.decode_stage import REF_COLUMNS
+        from bt_core.evaluation.sheets import chosen_scans
+
+        chosen = chosen_scans(scans.where(scans.clean_N), self.bundle.info.label_space)
+        ids = pa.array(sorted({i for ids in chosen.values() for i in ids}), pa.string())
+        refs = self.truth.filter(pc.is_in(self.truth["scan_id"], ids)).select(list(REF_COLUMNS))
+        return pa.concat_tables(explain_refs(self.bundle, refs, self.device))
+
+
+def _places(models: list[str], out: str, overwrite: bool) -> dict[str, str]:
+    """Return each model's name and the folder of its report; make room there or refuse."""
+    names = [os.path.basename(storage.absolute(model)) for model in models]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two models are named alike ({', '.join(names)}); rename a folder")
+    places = {name: out if len(names) == 1 else storage.join(out, name) for name in names}
+    for place in places.values():
+        for name in ("metrics.json", "summary.json", "scores"):
+            if storage.exists(storage.join(place, name)) and not overwrite:
+                raise UsageError(f"{place} holds {name}; choose another -o, or pass --overwrite")
+        storage.remove_dir(storage.join(place, "scores"))
+    return places
+
+
+def _bundle(model: str, out: str) -> "Bundle":
+    """Open a bundle, or make one of a run, below the reports."""
+    from bt_core.models.bundle import Bundle
+    from bt_core.models.run import Run
+
+    if not storage.exists(storage.join(model, "run.json")):
+        return Bundle(model)
+    place = storage.join(out, "bundles", os.path.basename(storage.absolute(model)))
+    storage.remove_dir(place)
+    build(place, [Run(model)])
+    return Bundle(place)
+
+
+def _truths(
+    data: str, bundles: dict[str, "Bundle"], space: "LabelSpace"
+) -> dict[str, tuple["pa.Table", "Tested"]]:
+    """Return for each model the catalog rows that it is tested on, and what they are."""
+    from bt_core.data.catalog import Dataset
+    from bt_core.evaluation.predictions import Tested
+
+    for name, bundle in bundles.items():
+        if bundle.info.label_space != space:
+            raise UsageError(f"{name} knows other classes than {next(iter(bundles))}")
+    if not storage.exists(storage.join(data, "dataset.json")):
+        return dict.fromkeys(bundles, _external(data, space))
+    dataset = Dataset(data)
+    if dataset.info.label_space != space:
+        raise UsageError(
+            f"the model knows {', '.join(space.names)}; the dataset holds "
+            f"{', '.join(dataset.info.label_space.names)}"
+        )
+    found = {}
+    for name, bundle in bundles.items():
+        rows = dataset.open_test("evaluate", bundle.info.bundle_id)
+        tested = Tested(
+            source=dataset.info.source,
+            split_by=dataset.info.plan.by,
+            digest=dataset.info.digest,
+            num_left_out=dataset.info.num_left_out,
+            num_openings=dataset.num_openings(),
+        )
+        found[name] = rows, tested
+    return found
+
+
+def _external(source: str, space: "LabelSpace") -> tuple["pa.Table", "Tested"]:
+    """Return the rows of a labelled source; scans that cannot be read stay, conflicts do not."""
+    import pyarrow.compute as pc
+
+    from bt_core.data.catalog import label_refs
+    from bt_core.data.external import external_scans
+    from bt_core.evaluation.predictions import Tested
+    from bt_core.scans.archives import list_scans
+    from bt_core.scans.identity import hash_key
+
+    if storage.is_dir(source) and storage.exists(storage.join(source, "catalog.parquet")):
+        raise DatasetError(f"the preparation of {source} was not finished; give bt prepare again")
+    key, _ = hash_key()
+    refs, _ = label_refs(list_scans(source, key).refs, space.task)
+    rows = external_scans(refs, key)
+    in_conflict = pc.equal(rows["reason"], "label_conflict")
+    kept = rows.filter(pc.invert(in_conflict))
+    columns = kept.select(["content_sha256", "label"]).to_pylist()
+    tested = Tested(
+        source=storage.absolute(source),
+        split_by="external",
+        digest=storage.digest_lines(f"{r['content_sha256']} {r['label']}" for r in columns),
+        num_left_out={"label_conflict": n} if (n := rows.num_rows - kept.num_rows) else {},
+    )
+    return kept, tested
 
 
 def _shares(text: str, names: tuple[str, ...]) -> dict[str, float]:
@@ -97,18 +226,15 @@ def _shares(text: str, names: tuple[str, ...]) -> dict[str, float]:
         shares = {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))}
     except ValueError as error:
         raise UsageError(f"--prevalence {text}: write CLASS=SHARE,CLASS=SHARE") from error
-    if (
-        set(shares) != set(names)
-        or min(shares.values()) < 0
-        or abs(sum(shares.values()) - 1) > 0.01
-    ):
+    known = set(shares) == set(names) and min(shares.values()) >= 0
+    if not known or abs(sum(shares.values()) - 1) > 0.01:
         raise UsageError(
             f"--prevalence {text}: give each of {', '.join(names)} a share of 0 or more, sum 1"
         )
     return shares
 
 
-def _print_summary(figures: dict[str, Any]) -> None:
+def _print_summary(figures: dict[str, Any], tested: "Tested") -> None:
     clean = figures["clean"]
 
     def shown(name: str) -> str:
@@ -120,7 +246,8 @@ def _print_summary(figures: dict[str, Any]) -> None:
 
     print(
         f"{clean['num_scans']} test scans ({clean['num_families']} families) without a copy in "
-        f"training: accuracy {shown('accuracy')}, macro F1 {shown('macro_f1')}"
+        f"training, of {figures['all']['num_scans']}: accuracy {shown('accuracy')}, "
+        f"macro F1 {shown('macro_f1')}"
     )
     print(
         f"missed tumours {shown('missed_tumor_rate')}, false alarms {shown('false_alarm_rate')}, "
@@ -131,7 +258,8 @@ def _print_summary(figures: dict[str, Any]) -> None:
             f"  {name:<11} recall {shown(f'{name}.recall')}  precision {shown(f'{name}.precision')}"
             f"  n {clean['counts'][name]}"
         )
-    print(f"openings of this test split on record: {figures['num_test_openings']}")
+    if tested.num_openings is not None:
+        print(f"openings of this test split on record: {tested.num_openings}")
 
 
 def _refuse_changed_source(test: "pa.Table", predictions: "pa.Table") -> None:

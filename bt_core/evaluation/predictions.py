@@ -6,12 +6,13 @@ scan_id, never on the order of rows. Shape suffixes: N scans, K classes.
 
 from collections import Counter
 from dataclasses import dataclass, fields
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bt_core.config import StrictModel
 from bt_core.errors import RunError
 from bt_core.evaluation.intervals import family_codes
 from bt_core.labels import LabelSpace
@@ -43,6 +44,21 @@ def join_truth(scores: pa.Table, truth: pa.Table) -> pa.Table:
     return joined
 
 
+class Tested(StrictModel):
+    """What a bundle was evaluated on."""
+
+    source: str
+    """Of the scans: where they were prepared from, or the archive itself."""
+    split_by: Literal["family", "given", "external"]
+    """How the test scans were kept apart; `external` is a source that is no prepared dataset."""
+    digest: str
+    """Of the dataset, or of the archive's scans and labels."""
+    num_left_out: dict[str, int]
+    """Reason code to number of scans that are not tested."""
+    num_openings: int | None = None
+    """Times that this test split was opened, this one included."""
+
+
 @dataclass(frozen=True)
 class Scans:
     """Scans that were answered, with or without review, as arrays.
@@ -53,7 +69,7 @@ class Scans:
         probs_NK: calibrated probabilities.
         family_N: group of copies or of a patient's scans, from 0 up.
         scored_N: answered without review.
-        clean_N: neither the scan nor one of its group was trained on.
+        clean_N: no scan of its group was trained on.
         sets_NK: the prediction set holds the class.
         slices: name of a catalog column to its N values.
     """
@@ -79,14 +95,16 @@ class Scans:
         if not table.num_rows:
             raise RunError("no test scan could be read; is the source of the dataset still there?")
         seen = pc.or_(table["seen_in_training"], table["copy_in_training"])
+        family_N = family_codes(table["group"].to_pylist())
+        num_seen_F = np.bincount(family_N, weights=np.array(seen.to_pylist(), dtype=float))
         sets = table["prediction_set"].to_pylist()
         return cls(
             scan_id=np.array(table["scan_id"].to_pylist()),
             labels_N=np.array([space.index(label) for label in table["label"].to_pylist()]),
             probs_NK=np.stack([table[f"prob_{n}"].to_numpy() for n in space.names], axis=1),
-            family_N=family_codes(table["group"].to_pylist()),
+            family_N=family_N,
             scored_N=np.array(table["status"].to_pylist()) == "scored",
-            clean_N=~np.array(seen.to_pylist(), dtype=bool),
+            clean_N=num_seen_F[family_N] == 0,
             sets_NK=np.array([[name in chosen for name in space.names] for chosen in sets]),
             slices={name: np.array(table[name].to_pylist()) for name in SLICE_COLUMNS},
         )

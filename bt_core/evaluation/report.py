@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 
 from bt_core import storage
-from bt_core.data.catalog import DatasetInfo
 from bt_core.data.page import render
 from bt_core.errors import RunError
 from bt_core.evaluation import plots
@@ -15,7 +14,7 @@ from bt_core.evaluation.benefit import decision_curve
 from bt_core.evaluation.deferral import clearance, risk_coverage, set_figures
 from bt_core.evaluation.intervals import estimate
 from bt_core.evaluation.metrics import confusion_matrix
-from bt_core.evaluation.predictions import Scans
+from bt_core.evaluation.predictions import Scans, Tested
 from bt_core.evaluation.reliability import calibration_figures
 from bt_core.evaluation.sheets import KINDS, chosen_scans, map_figures, sheets
 from bt_core.evaluation.slices import slice_figures
@@ -118,7 +117,7 @@ def write_report(
     explained: pa.Table | None,
     figures: dict[str, Any],
     bundle: BundleInfo,
-    dataset: DatasetInfo,
+    tested: Tested,
 ) -> None:
     """Write metrics.json, report.html (self-contained) and its pictures into a folder.
 
@@ -128,7 +127,7 @@ def write_report(
         explained: rows of `explainer.SCHEMA` of `sheets.chosen_scans`; None draws no maps.
         figures: of `evaluate`; gains `explanations`.
         bundle: what was evaluated.
-        dataset: on what.
+        tested: on what.
 
     Raises:
         RunError: if there are no clean figures; a report without them would mislead.
@@ -154,15 +153,16 @@ def write_report(
         storage.write_table(storage.join(location, "explanations.parquet"), explained)
     provenance = {
         "bundle_id": bundle.bundle_id,
-        "dataset_digest": dataset.digest,
-        "same_dataset_as_training": dataset.digest == bundle.provenance.get("dataset_digest"),
+        "dataset_digest": tested.digest,
+        "same_dataset_as_training": tested.digest == bundle.provenance.get("dataset_digest"),
+        "num_test_openings": tested.num_openings,
     }
     page = render(
         "bt_core.evaluation",
         "report.html.j2",
         figures=figures,
         bundle=bundle,
-        dataset=dataset,
+        tested=tested,
         provenance=provenance,
         names=space.names,
         pictures=pictures,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from collections import Counter
 
 import cv2
@@ -14,6 +15,7 @@ from bt_core import storage
 from bt_core.data.catalog import Dataset
 from bt_core.data.seal import openings
 from bt_core.data.views import read_view
+from bt_core.labels import LABEL_SPACES
 from bt_core.models.bundle import Bundle
 from bt_core.models.classifier import rebuild_classifier
 from bt_core.models.inputs import Preprocessor
@@ -22,6 +24,7 @@ from bt_core.scans.phantom import phantom_slice
 from tests.conftest import SMALL, bt
 
 pytestmark = pytest.mark.integration
+SPACE = LABEL_SPACES["four_class"]
 
 
 def rows(path, **options):
@@ -141,6 +144,33 @@ def test_every_scan_of_an_archive_is_explained_or_has_its_reason(chain, tmp_path
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert bt("explain", chain.bundle, source / "glioma.png", "-o", picture) == 2
     assert bt("explain", chain.bundle, source, "-o", tmp_path / "many.png") == 2
+
+
+def test_external_scans_and_several_models_say_what_was_seen_in_training(chain, tmp_path, capfd):
+    source, out = tmp_path / "elsewhere", tmp_path / "out"
+    for seed in range(3):
+        for label in SPACE.names:
+            (source / label).mkdir(parents=True, exist_ok=True)
+            scan = phantom_slice(label, 900 + seed, 96)
+            cv2.imwrite(str(source / label / f"{seed}.png"), scan)
+    trained = Dataset(str(chain.data)).split("train").to_pylist()
+    known = next(row for row in trained if row["format"] == "PNG")
+    with zipfile.ZipFile(chain.archive) as archive:
+        (source / known["label"] / "known.png").write_bytes(archive.read(known["member"]))
+    (source / "glioma" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    words = ("evaluate", chain.bundle, chain.runs[0], "--data", source, "-o", out)
+    assert bt(*words, "--no-explain", "--require", "all.num_scans>=13") == 3
+    said = capfd.readouterr().out
+    assert said.count("required all.num_scans >= 13: 13.0000, met") == 2
+    assert "bundle - cnn_small: accuracy" in said or "cnn_small - bundle: accuracy" in said
+    assert len(json.loads((out / "comparison.json").read_text())["models"]) == 2
+    for name in ("bundle", "cnn_small"):
+        metrics = json.loads((out / name / "metrics.json").read_text())
+        assert (metrics["all"]["num_scans"], metrics["clean"]["num_scans"]) == (13, 12)
+        assert metrics["flow"]["num_scans"] == 14
+        assert "1 of 13 were trained on" in (out / name / "report.html").read_text()
+    assert Bundle(str(out / "bundles" / "cnn_small")).info.members[0].name == "cnn_small"
+    assert bt(*words, "--no-explain") == 2, "reports are not overwritten"
 
 
 def test_reports_are_held_against_each_other_and_against_a_requirement(chain, tmp_path, capfd):
