@@ -108,11 +108,11 @@ class _Evaluation:
         from bt_core.evaluation.report import evaluate, write_report
 
         refs = self.truth.select(list(REF_COLUMNS))
-        scores = score_refs(self.bundle, refs, self.out, self.device)
+        scores = score_refs(self.bundle, refs, self.out, self.device, keep_logits=True)
         _refuse_changed_source(self.truth, scores)
         predictions = join_truth(scores, self.truth)
         info = self.bundle.info
-        figures = evaluate(predictions, info.label_space, info.review, self.prevalence)
+        figures = evaluate(predictions, info, self.prevalence)
         scans = Scans.of(predictions, info.label_space)
         explained = self._explained(scans) if self.explain and scans.clean_N.any() else None
         write_report(self.out, predictions, explained, figures, info, self.tested)

@@ -76,7 +76,9 @@ def run(
     return EXIT_OK if is_whole else EXIT_INCOMPLETE
 
 
-def score_refs(bundle: "Bundle", refs: "pa.Table", out: str, device: str) -> "pa.Table":
+def score_refs(
+    bundle: "Bundle", refs: "pa.Table", out: str, device: str, keep_logits: bool = False
+) -> "pa.Table":
     """Score listed scans into the folder `scores` below `out`, all rows or none, and return them.
 
     Raises:
@@ -93,7 +95,7 @@ def score_refs(bundle: "Bundle", refs: "pa.Table", out: str, device: str) -> "pa
     with session() as resources:
         chosen = choose_device(device, resources)
         num_actors, cpus, gpus = resources.scorers(chosen)
-        args = (bundle.location, chosen, 1)
+        args = (bundle.location, chosen, 1, keep_logits)
         pipeline.score(refs, specs, Scorer, args, beside, num_actors, cpus, gpus)
     scores = storage.read_table(beside)
     pipeline.check_rows(refs, scores)

@@ -46,9 +46,13 @@ class Ensemble:
             probabilities (by class), entropy (in nats), prediction_set, members_used,
             seen_in_training.
         """
+        return self.judge(self.predictor.logits(pixels), pixel_sha256)
+
+    def judge(self, logits_MBK: np.ndarray, pixel_sha256: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the answers of `answer` from the members' logits."""
         info = self.info
         probs_BK = combine(
-            self.predictor.logits(pixels),
+            logits_MBK,
             [m.weight for m in info.members],
             [m.temperature for m in info.members],
             info.temperature,

@@ -48,11 +48,16 @@ class Scorer:
         bundle_location: folder of the bundle, readable on every node.
         device: `cpu` or `cuda`.
         num_threads: torch threads on the CPU.
+        keep_logits: add the column `logits`: of each member, in the bundle's order, of each class.
     """
 
-    def __init__(self, bundle_location: str, device: str, num_threads: int) -> None:
+    def __init__(
+        self, bundle_location: str, device: str, num_threads: int, keep_logits: bool = False
+    ) -> None:
         self._ensemble = Ensemble(Bundle(bundle_location), device, num_threads)
         self._schema = score_schema(self._ensemble.info.label_space)
+        if keep_logits:
+            self._schema = self._schema.append(pa.field("logits", pa.list_(pa.list_(pa.float32()))))
         self._preprocess_digest = preprocess_digest(self._ensemble.info)
 
     def __call__(self, columns: dict[str, Any]) -> pa.Table:
@@ -62,8 +67,12 @@ class Scorer:
         if len(good):
             pixels = [columns[f"pixels_{i}"][good] for i in range(len(self._ensemble.specs))]
             digests = [str(columns["pixel_sha256"][i]) for i in good]
-            found = self._ensemble.answer(pixels, digests)
-            answers = {int(i): answer for i, answer in zip(good, found, strict=True)}
+            logits_MBK = self._ensemble.predictor.logits(pixels)
+            found = self._ensemble.judge(logits_MBK, digests)
+            answers = {
+                int(i): {**answer, "logits": logits_MBK[:, b].tolist()}
+                for b, (i, answer) in enumerate(zip(good, found, strict=True))
+            }
         now = datetime.now(UTC)
         rows = [self._row(columns, i, answers.get(i), now) for i in range(len(columns["scan_id"]))]
         return pa.Table.from_pylist(rows, schema=self._schema)

@@ -20,7 +20,7 @@ def report_pictures(figures: dict[str, Any], clean: Scans, space: LabelSpace) ->
         "confusion_matrix": confusion_matrix_png(figures["clean"]["confusion_matrix"], space.names),
         "classes": _classes_png(figures["clean"]["by_scan"], space),
         "curves": _curves_png(clean, space),
-        "calibration": _calibration_png(figures["calibration"]["bins"], clean),
+        "calibration": _calibration_png(figures, clean),
         "deferral": _deferral_png(figures["deferral"]),
         "decision_curves": _decision_curves_png(figures["decision_curves"]),
     }
@@ -90,15 +90,20 @@ def _curves_png(scans: Scans, space: LabelSpace) -> bytes:
     return figure_png(figure)
 
 
-def _calibration_png(bins: Sequence[dict[str, Any]], scans: Scans) -> bytes:
+def _calibration_png(figures: dict[str, Any], scans: Scans) -> bytes:
     """Draw accuracy against confidence, and how sure right and wrong answers were."""
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([0, 1], [0, 1], ":", color="grey", linewidth=1, label="perfectly calibrated")
-    num_B = np.array([b["num"] for b in bins])
-    said = [b["confidence"] for b in bins]
-    left.plot(said, [b["accuracy"] for b in bins], "-", color=BLUE, label="measured")
-    left.scatter(said, [b["accuracy"] for b in bins], s=10 + 90 * num_B / num_B.max(), color=BLUE)
+    for name, label, colour, line in (
+        ("calibration_before", "before temperatures", ORANGE, "--"),
+        ("calibration", "as answered", BLUE, "-"),
+    ):
+        bins = figures[name]["bins"]
+        num_B = np.array([b["num"] for b in bins])
+        said, came_true = ([b[n] for b in bins] for n in ("confidence", "accuracy"))
+        left.plot(said, came_true, line, color=colour, label=label)
+        left.scatter(said, came_true, s=10 + 90 * num_B / num_B.max(), color=colour)
     _label(left, "confidence", "accuracy (size: number of scans)")
     edges = np.linspace(0, 1, 21)
     for chosen_N, label, colour in (

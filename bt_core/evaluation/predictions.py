@@ -1,7 +1,7 @@
 """The predictions table: what a bundle said about each test scan, beside the truth.
 
 Everything in a report comes from it, so a report can be made again without a model. Joined on
-scan_id, never on the order of rows. Shape suffixes: N scans, K classes.
+scan_id, never on the order of rows. Shape suffixes: N scans, M members, K classes.
 """
 
 from collections import Counter
@@ -71,6 +71,7 @@ class Scans:
         scored_N: answered without review.
         clean_N: no scan of its group was trained on.
         sets_NK: the prediction set holds the class.
+        logits_NMK: of each member of the bundle.
         slices: name of a catalog column to its N values.
     """
 
@@ -81,6 +82,7 @@ class Scans:
     scored_N: np.ndarray
     clean_N: np.ndarray
     sets_NK: np.ndarray
+    logits_NMK: np.ndarray
     slices: dict[str, np.ndarray]
 
     @classmethod
@@ -106,6 +108,7 @@ class Scans:
             scored_N=np.array(table["status"].to_pylist()) == "scored",
             clean_N=num_seen_F[family_N] == 0,
             sets_NK=np.array([[name in chosen for name in space.names] for chosen in sets]),
+            logits_NMK=np.array(table["logits"].to_pylist()),
             slices={name: np.array(table[name].to_pylist()) for name in SLICE_COLUMNS},
         )
 

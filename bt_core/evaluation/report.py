@@ -1,16 +1,20 @@
 """Evaluation of a bundle on test scans: all figures from the predictions table, and a page."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+from scipy.special import softmax
 
 from bt_core import storage
 from bt_core.data.page import render
+from bt_core.ensemble.calibration import combine
 from bt_core.errors import RunError
 from bt_core.evaluation import plots
 from bt_core.evaluation.benefit import decision_curve
+from bt_core.evaluation.comparison import compare
 from bt_core.evaluation.deferral import clearance, risk_coverage, set_figures
 from bt_core.evaluation.intervals import estimate
 from bt_core.evaluation.metrics import confusion_matrix
@@ -19,24 +23,20 @@ from bt_core.evaluation.reliability import calibration_figures
 from bt_core.evaluation.sheets import KINDS, chosen_scans, map_figures, sheets
 from bt_core.evaluation.slices import slice_figures
 from bt_core.labels import LabelSpace
-from bt_core.models.bundle import BundleInfo, ReviewInfo
+from bt_core.models.bundle import BundleInfo
 
 SCHEMA_VERSION: Final = 1
 """Of metrics.json."""
 
 
 def evaluate(
-    predictions: pa.Table,
-    space: LabelSpace,
-    review: ReviewInfo,
-    prevalence: dict[str, float] | None = None,
+    predictions: pa.Table, bundle: BundleInfo, prevalence: dict[str, float] | None = None
 ) -> dict[str, Any]:
     """Return all figures of a predictions table.
 
     Args:
         predictions: see `predictions.join_truth`.
-        space: the classes.
-        review: the bundle's, for what it promises.
+        bundle: what gave them: its classes, its promises, its members.
         prevalence: shares of the classes where the classifier will be used.
 
     Returns:
@@ -44,12 +44,14 @@ def evaluate(
         trained on, the headline; `all`: figures on all answered scans; `answered`: on the clean
         ones without those deferred. Each has num_scans, num_families, confusion_matrix, and
         `by_scan` and `by_family` (see `intervals.estimate`), and is None without scans. On the
-        clean scans also `calibration`, `deferral`, `prediction_sets`, `clearance`,
-        `decision_curves` and `slices`. `flow`: counts by status and reason.
+        clean scans also `calibration` (and `calibration_before`, with all temperatures 1),
+        `members` (against their ensemble; None for one), `deferral`, `prediction_sets`,
+        `clearance`, `decision_curves` and `slices`. `flow`: counts by status and reason.
 
     Raises:
         RunError: if no scan could be read.
     """
+    space = bundle.label_space
     scans = Scans.of(predictions, space)
     clean = scans.where(scans.clean_N)
     subsets = {"clean": clean, "all": scans, "answered": clean.where(clean.scored_N)}
@@ -66,7 +68,7 @@ def evaluate(
         "num_seen_in_training": len(scans) - len(clean),
         **{name: _figures(part, space, prevalence) for name, part in subsets.items()},
     }
-    return found if not len(clean) else found | _in_depth(clean, space, review)
+    return found if not len(clean) else found | _in_depth(clean, bundle)
 
 
 def _figures(
@@ -94,7 +96,8 @@ def _counts(scans: Scans, space: LabelSpace) -> list[int]:
     return [int(n) for n in np.bincount(scans.labels_N, minlength=space.num_classes)]
 
 
-def _in_depth(scans: Scans, space: LabelSpace, review: ReviewInfo) -> dict[str, Any]:
+def _in_depth(scans: Scans, bundle: BundleInfo) -> dict[str, Any]:
+    space = bundle.label_space
     ill_N, healthy_prob_N = scans.labels_N != space.healthy, scans.probs_NK[:, space.healthy]
     curves = {"any tumour": decision_curve(ill_N, 1 - healthy_prob_N, scans.family_N)}
     for k, name in enumerate(space.names):
@@ -103,12 +106,32 @@ def _in_depth(scans: Scans, space: LabelSpace, review: ReviewInfo) -> dict[str, 
             curves[name] = decision_curve(own_N, scans.probs_NK[:, k], scans.family_N)
     return {
         "calibration": calibration_figures(scans.labels_N, scans.probs_NK),
+        "calibration_before": calibration_figures(scans.labels_N, _untempered(scans, bundle)),
+        "members": _members(scans, bundle),
         "deferral": risk_coverage(scans.confidence_N, scans.right_N),
         "prediction_sets": set_figures(scans.labels_N, scans.sets_NK, space.names),
-        "clearance": clearance(ill_N, healthy_prob_N, scans.family_N, review.healthy_above),
+        "clearance": clearance(ill_N, healthy_prob_N, scans.family_N, bundle.review.healthy_above),
         "decision_curves": curves,
         "slices": slice_figures(scans, space),
     }
+
+
+def _untempered(scans: Scans, bundle: BundleInfo) -> np.ndarray:
+    """Return the ensemble's probs_NK as they were before any temperature was fitted."""
+    weights = [member.weight for member in bundle.members]
+    return combine(scans.logits_NMK.swapaxes(0, 1), weights, [1.0] * len(weights), 1.0)
+
+
+def _members(scans: Scans, bundle: BundleInfo) -> dict[str, Any] | None:
+    if len(bundle.members) < 2:
+        return None
+    alone = {
+        member.name: replace(
+            scans, probs_NK=softmax(scans.logits_NMK[:, m] / member.temperature, axis=1)
+        )
+        for m, member in enumerate(bundle.members)
+    }
+    return compare({"ensemble": scans, **alone}, bundle.label_space)
 
 
 def write_report(

@@ -26,6 +26,7 @@ def answers(labels, right, family, clean=None):
         scored_N=np.ones(len(labels), dtype=bool),
         clean_N=np.ones(len(labels), dtype=bool) if clean is None else clean,
         sets_NK=probs > 0.5,
+        logits_NMK=np.log(probs)[:, None],
         slices={},
     )
 

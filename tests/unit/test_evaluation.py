@@ -16,7 +16,9 @@ from bt_core.evaluation.reliability import (
 )
 from bt_core.evaluation.report import evaluate
 from bt_core.labels import LABEL_SPACES
-from bt_core.models.bundle import ReviewInfo
+from bt_core.models.bundle import BundleInfo, MemberInfo, ReviewInfo
+from bt_core.models.spec import ModelSpec
+from bt_core.scans.preprocess import PreprocessSpec
 
 SPACE = LABEL_SPACES["four_class"]
 REVIEW = ReviewInfo(
@@ -26,6 +28,17 @@ REVIEW = ReviewInfo(
     conformal_min_probs=dict.fromkeys(SPACE.names, 0.1),
     max_missed_tumor_rate=0.01,
     healthy_above=0.8,
+)
+MEMBER = MemberInfo(
+    name="a",
+    model=ModelSpec(backbone="cnn_small"),
+    preprocess=PreprocessSpec(),
+    golden_digest="",
+    weight=1.0,
+    temperature=2.0,
+)
+BUNDLE = BundleInfo(
+    label_space=SPACE, members=(MEMBER,), temperature=1.0, review=REVIEW, metrics={}, provenance={}
 )
 
 
@@ -43,6 +56,7 @@ def tables(num=120, seed=0, bonus=1.0, **changed):
             "status": ["scored"] * num,
             "reason": [""] * num,
             "seen_in_training": [False] * num,
+            "logits": [[row] for row in np.log(probs).tolist()],
             "prediction_set": [[SPACE.names[row.argmax()]] for row in probs],
             **{f"prob_{name}": probs[:, k] for k, name in enumerate(SPACE.names)},
         }
@@ -75,14 +89,14 @@ def test_predictions_meet_the_truth_by_id_whatever_the_order():
 def test_figures_stand_under_clean_and_under_all_and_clean_leaves_whole_copies_out():
     copied = [i % 8 == 0 for i in range(120)]  # and with each of them the other of its family
     scores, truth = tables(copy_in_training=copied)
-    found = evaluate(join_truth(scores, truth), SPACE, REVIEW)
+    found = evaluate(join_truth(scores, truth), BUNDLE)
     assert (found["all"]["num_scans"], found["clean"]["num_scans"]) == (120, 90)
     assert found["num_seen_in_training"] == 30
     assert found["clean"]["by_scan"].keys() == found["all"]["by_scan"].keys()
     assert found["clean"]["by_scan"].keys() == found["clean"]["by_family"].keys()
     scores = scores.set_column(2, "reason", pa.array(["too_small"] * 120))
     scores = scores.set_column(1, "status", pa.array(["rejected"] * 119 + ["deferred"]))
-    part = evaluate(join_truth(scores, truth), SPACE, REVIEW)
+    part = evaluate(join_truth(scores, truth), BUNDLE)
     assert part["flow"]["by_status"] == {
         "deferred: too_small": 1, "rejected: too_small": 119
     }  # fmt: skip
@@ -92,7 +106,7 @@ def test_figures_stand_under_clean_and_under_all_and_clean_leaves_whole_copies_o
 
 def test_a_bundle_that_was_trained_on_every_scan_has_no_clean_figures():
     scores, truth = tables(copy_in_training=[True] * 120)
-    found = evaluate(join_truth(scores, truth), SPACE, REVIEW)
+    found = evaluate(join_truth(scores, truth), BUNDLE)
     assert found["clean"] is None
     assert "calibration" not in found
 
@@ -122,6 +136,27 @@ def test_calibration_tells_a_boaster_from_an_honest_one():
         assert honest[name] < 0.03 < 0.1 < boaster[name]
     one_answer = calibration_figures(np.zeros(9, dtype=int), np.eye(4)[np.zeros(9, dtype=int)])
     assert one_answer["ece"] == one_answer["ece_equal_mass"] == 0.0
+
+
+def test_calibration_before_any_temperature_and_members_against_their_ensemble():
+    scores, truth = tables(num=200, bonus=0.3)
+    joined = join_truth(scores, truth)
+    found = evaluate(joined, BUNDLE)
+    assert found["members"] is None
+    for name in ("ece", "ece_equal_mass", "class_wise_ece"):  # the logits are those answered
+        assert found["calibration_before"][name] == pytest.approx(found["calibration"][name])
+    good = np.array(joined["logits"].to_pylist())[:, 0]
+    bad = np.roll(good, 1, axis=1)
+    both = np.stack([good, bad], axis=1).tolist()
+    place = joined.schema.get_field_index("logits")
+    joined = joined.set_column(place, "logits", pa.array(both))
+    halves = tuple(MEMBER.model_copy(update={"name": n, "weight": 0.5}) for n in ("good", "bad"))
+    found = evaluate(joined, BUNDLE.model_copy(update={"members": halves}))
+    models = found["members"]["models"]
+    assert list(models) == ["ensemble", "good", "bad"]
+    assert models["good"]["accuracy"]["value"] == models["ensemble"]["accuracy"]["value"]
+    assert models["bad"]["rank"] == 3
+    assert found["calibration_before"]["ece"] != found["calibration"]["ece"]
 
 
 def test_the_surest_scans_are_answered_first_and_ties_together():
@@ -178,7 +213,7 @@ def test_the_worst_slice_is_named():
         values = np.where(wrong, said_next, joined[f"prob_{name}"].to_numpy())
         place = joined.schema.get_field_index(f"prob_{name}")
         joined = joined.set_column(place, f"prob_{name}", pa.array(values))
-    found = evaluate(joined, SPACE, REVIEW)["slices"]
+    found = evaluate(joined, BUNDLE)["slices"]
     assert {one["column"] for one in found["slices"]} == {"given_split", "width"}
     assert (found["worst"]["column"], found["worst"]["value"]) == ("given_split", "bad")
     assert found["worst"]["below_all"]
