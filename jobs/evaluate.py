@@ -17,7 +17,7 @@ from jobs.command import (
 )
 from jobs.compare import print_comparison
 from jobs.ensemble import build
-from jobs.explain import explain_refs
+from jobs.explain import work_on
 from jobs.score import score_refs
 
 if TYPE_CHECKING:
@@ -51,8 +51,12 @@ def run(
             help="Shares of the classes where it will be used; adds predictive values there.",
         ),
     ] = None,
-    explain: Annotated[
-        bool, typer.Option(help="Draw heat maps of right, wrong and unsure answers.")
+    depth: Annotated[
+        bool,
+        typer.Option(
+            "--depth/--no-depth",
+            help="Draw heat maps, and answer some scans again with noise, blur and the like.",
+        ),
     ] = True,
     require: RequireOption = None,
     overwrite: OverwriteOption = False,
@@ -76,7 +80,7 @@ def run(
         truths = _truths(data, bundles, space)
         for name, bundle in bundles.items():
             truth, tested = truths[name]
-            one = _Evaluation(bundle, truth, tested, places[name], device, shares, explain)
+            one = _Evaluation(bundle, truth, tested, places[name], device, shares, depth)
             figures, scans[name] = one.run()
             print(f"report in {storage.join(places[name], 'report.html')}")
             met = all_met(requirements, figures)
@@ -99,7 +103,7 @@ class _Evaluation:
     out: str
     device: str
     prevalence: dict[str, float] | None
-    explain: bool
+    depth: bool
 
     def run(self) -> tuple[dict[str, Any], "Scans"]:
         """Score, report, and return the figures and the answered scans."""
@@ -114,24 +118,46 @@ class _Evaluation:
         info = self.bundle.info
         figures = evaluate(predictions, info, self.prevalence)
         scans = Scans.of(predictions, info.label_space)
-        explained = self._explained(scans) if self.explain and scans.clean_N.any() else None
+        clean = scans.where(scans.clean_N)
+        explained = self._explained(clean) if self.depth and len(clean) else None
+        if self.depth and len(clean):
+            figures["robustness"] = self._robustness(clean)
         write_report(self.out, predictions, explained, figures, info, self.tested)
         storage.remove_dir(storage.join(self.out, "scores"))  # predictions.parquet has them all
         _print_summary(figures, self.tested)
         return figures, scans
 
-    def _explained(self, scans: "Scans") -> "pa.Table":
+    def _explained(self, clean: "Scans") -> "pa.Table":
         """Return the explanations of the scans that the report shows."""
+        from bt_core.evaluation.explainer import Explainer
+        from bt_core.evaluation.sheets import chosen_scans
+
+        chosen = chosen_scans(clean, self.bundle.info.label_space)
+        ids = {i for ids in chosen.values() for i in ids}
+        return self._work(sorted(ids), Explainer, "explained")
+
+    def _robustness(self, clean: "Scans") -> dict[str, Any] | None:
+        """Return figures under perturbations of some scans by chance."""
+        from bt_core.evaluation.robustness import (
+            Perturber,
+            chosen_for_robustness,
+            robustness_figures,
+        )
+
+        answered = self._work(chosen_for_robustness(clean), Perturber, "perturbed")
+        columns = (clean.scan_id, clean.labels_N, clean.family_N)
+        truth_of = {str(i): (int(k), str(f)) for i, k, f in zip(*columns, strict=True)}
+        return robustness_figures(answered, truth_of, self.bundle.info.label_space)
+
+    def _work(self, scan_ids: list[str], worker: type[Any], done: str) -> "pa.Table":
         import pyarrow as pa
         import pyarrow.compute as pc
 
         from bt_core.data.decode_stage import REF_COLUMNS
-        from bt_core.evaluation.sheets import chosen_scans
 
-        chosen = chosen_scans(scans.where(scans.clean_N), self.bundle.info.label_space)
-        ids = pa.array(sorted({i for ids in chosen.values() for i in ids}), pa.string())
-        refs = self.truth.filter(pc.is_in(self.truth["scan_id"], ids)).select(list(REF_COLUMNS))
-        return pa.concat_tables(explain_refs(self.bundle, refs, self.device))
+        chosen = pc.is_in(self.truth["scan_id"], pa.array(scan_ids, pa.string()))
+        refs = self.truth.filter(chosen).select(list(REF_COLUMNS))
+        return pa.concat_tables(work_on(self.bundle, refs, self.device, worker, done))
 
 
 def _places(models: list[str], out: str, overwrite: bool) -> dict[str, str]:

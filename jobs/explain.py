@@ -36,6 +36,7 @@ def run(
     import pyarrow as pa
 
     from bt_core.data.catalog import ref_columns
+    from bt_core.evaluation.explainer import Explainer
     from bt_core.models.bundle import Bundle
     from bt_core.scans.archives import list_scans
 
@@ -49,7 +50,8 @@ def run(
     if storage.exists(out if to_picture else table_at) and not overwrite:
         raise UsageError(f"{out} is there already; choose another -o, or pass --overwrite")
     tables = []
-    for table in explain_refs(opened, pa.table(ref_columns(refs)), device):
+    listed = pa.table(ref_columns(refs))
+    for table in work_on(opened, listed, device, Explainer, "explained"):
         _write_overlays(table, out, to_picture)
         tables.append(table.drop_columns(["image", "heat"]))
     explained = pa.concat_tables(tables)
@@ -62,10 +64,11 @@ def run(
     return EXIT_INCOMPLETE if missing else EXIT_OK
 
 
-def explain_refs(bundle: "Bundle", refs: "pa.Table", device: str) -> "Iterator[pa.Table]":
-    """Yield tables of `explainer.SCHEMA` for listed scans."""
+def work_on(
+    bundle: "Bundle", refs: "pa.Table", device: str, worker: type[Any], done: str
+) -> "Iterator[pa.Table]":
+    """Yield the rows that a worker, loaded with a bundle, returns for listed scans."""
     from bt_core.data import pipeline
-    from bt_core.evaluation.explainer import Explainer
     from bt_core.inference.predictor import distinct_specs
     from cluster.session import choose_device, session
 
@@ -73,7 +76,7 @@ def explain_refs(bundle: "Bundle", refs: "pa.Table", device: str) -> "Iterator[p
     with session() as resources:
         chosen = choose_device(device, resources)
         args = (bundle.location, chosen, 1)
-        yield from pipeline.explain(refs, specs, Explainer, args, resources.scorers(chosen))
+        yield from pipeline.map_scans(refs, specs, worker, args, resources.scorers(chosen), done)
 
 
 def _write_overlays(table: "pa.Table", out: str, to_picture: bool) -> None:

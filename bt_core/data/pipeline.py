@@ -211,24 +211,26 @@ def score(
         )
 
 
-def explain(
+def map_scans(
     refs: pa.Table,
     specs: tuple[PreprocessSpec, ...],
-    explainer: type[Callable[[Columns], Any]],
-    explainer_args: tuple[Any, ...],
+    worker: type[Callable[[Columns], Any]],
+    worker_args: tuple[Any, ...],
     actors: tuple[int, float, float],
+    done: str,
 ) -> Iterator[pa.Table]:
-    """Decode scans, run an explainer on them in a pool of actors, and yield its rows as they come.
+    """Decode scans, run a worker on them in a pool of actors, and yield its rows as they come.
 
     Args:
         refs: rows of `REF_COLUMNS`.
         specs: as in `score`.
-        explainer: callable class as the scorer of `score`; its rows hold pictures.
-        explainer_args: its constructor's arguments.
+        worker: callable class as the scorer of `score`, whose work takes long for each scan.
+        worker_args: its constructor's arguments.
         actors: their number at most, and logical CPUs and GPUs of each.
+        done: the work in the past tense, for progress lines.
     """
-    work = _in_actors(refs, specs, explainer, explainer_args, actors, _MAPS_WORTH_AN_ACTOR)
-    progress = Progress("explained", refs.num_rows)
+    work = _in_actors(refs, specs, worker, worker_args, actors, _MAPS_WORTH_AN_ACTOR)
+    progress = Progress(done, refs.num_rows)
     for table in work.iter_batches(batch_size=None, batch_format="pyarrow"):
         progress.add(table.num_rows)
         yield table

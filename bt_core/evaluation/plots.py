@@ -16,7 +16,10 @@ from bt_core.labels import LabelSpace
 
 def report_pictures(figures: dict[str, Any], clean: Scans, space: LabelSpace) -> dict[str, bytes]:
     """Return the pictures of a report by name, all of the scans without a copy in training."""
+    robustness = figures["robustness"]
+    extra = {} if robustness is None else {"robustness": _robustness_png(robustness["curves"])}
     return {
+        **extra,
         "confusion_matrix": confusion_matrix_png(figures["clean"]["confusion_matrix"], space.names),
         "classes": _classes_png(figures["clean"]["by_scan"], space),
         "curves": _curves_png(clean, space),
@@ -145,6 +148,34 @@ def _decision_curves_png(curves: dict[str, Any]) -> bytes:
         axes.set_ylim(-0.15 * top, 1.1 * top)
         axes.set_title(_readable(question), fontsize=10)
         _label(axes, "threshold probability", "net benefit")
+    return figure_png(figure)
+
+
+def _robustness_png(curves: dict[str, Any]) -> bytes:
+    """Draw accuracy and missed tumours against the strength of each perturbation."""
+    figure = Figure(figsize=(8.4, 5.6), layout="constrained")
+    panels = figure.subplots(2, -(-len(curves) // 2), sharey=True, squeeze=False).flatten()
+    for axes, (name, curve) in zip(panels, curves.items(), strict=False):
+        points = curve["points"]
+        places = range(len(points))
+        for key, label, colour in (
+            ("accuracy", "accuracy", BLUE),
+            ("missed_tumor_rate", "missed tumours", ORANGE),
+        ):
+            rows = [point[key] for point in points]
+            known = [
+                (x, row) for x, row in zip(places, rows, strict=True) if row["low"] is not None
+            ]
+            x = [place for place, _ in known]
+            axes.plot(x, [row["value"] for _, row in known], "o-", color=colour, label=label)
+            low, high = ([row[n] for _, row in known] for n in ("low", "high"))
+            axes.fill_between(x, low, high, color=colour, alpha=0.2)
+        marks = ["as is", *(f"{point['strength']:g}" for point in points[1:])]
+        axes.set_xticks(list(places), marks, fontsize=7)
+        axes.set_title(name, fontsize=9)
+        axes.set_ylim(-0.02, 1.02)
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
     return figure_png(figure)
 
 

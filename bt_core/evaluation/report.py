@@ -66,6 +66,7 @@ def evaluate(
         "prevalence": prevalence,
         "flow": {"num_scans": predictions.num_rows, "by_status": dict(sorted(reasons.items()))},
         "num_seen_in_training": len(scans) - len(clean),
+        "robustness": None,
         **{name: _figures(part, space, prevalence) for name, part in subsets.items()},
     }
     return found if not len(clean) else found | _in_depth(clean, bundle)
@@ -148,7 +149,7 @@ def write_report(
         location: the folder.
         predictions: see `predictions.join_truth`.
         explained: rows of `explainer.SCHEMA` of `sheets.chosen_scans`; None draws no maps.
-        figures: of `evaluate`; gains `explanations`.
+        figures: of `evaluate`, with `robustness` if that was measured; gains `explanations`.
         bundle: what was evaluated.
         tested: on what.
 

@@ -159,7 +159,7 @@ def test_external_scans_and_several_models_say_what_was_seen_in_training(chain, 
         (source / known["label"] / "known.png").write_bytes(archive.read(known["member"]))
     (source / "glioma" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     words = ("evaluate", chain.bundle, chain.runs[0], "--data", source, "-o", out)
-    assert bt(*words, "--no-explain", "--require", "all.num_scans>=13") == 3
+    assert bt(*words, "--no-depth", "--require", "all.num_scans>=13") == 3
     said = capfd.readouterr().out
     assert said.count("required all.num_scans >= 13: 13.0000, met") == 2
     assert "bundle - cnn_small: accuracy" in said or "cnn_small - bundle: accuracy" in said
@@ -170,7 +170,7 @@ def test_external_scans_and_several_models_say_what_was_seen_in_training(chain, 
         assert metrics["flow"]["num_scans"] == 14
         assert "1 of 13 were trained on" in (out / name / "report.html").read_text()
     assert Bundle(str(out / "bundles" / "cnn_small")).info.members[0].name == "cnn_small"
-    assert bt(*words, "--no-explain") == 2, "reports are not overwritten"
+    assert bt(*words, "--no-depth") == 2, "reports are not overwritten"
 
 
 def test_reports_are_held_against_each_other_and_against_a_requirement(chain, tmp_path, capfd):
