@@ -51,6 +51,14 @@ RequireOption = Annotated[
         help="Exit with 1 if a figure misses this, as in clean.macro_f1>=0.95. May be repeated.",
     ),
 ]
+PrevalenceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prevalence",
+        metavar="CLASS=SHARE,...",
+        help="Shares of the classes where it will be used; adds predictive values there.",
+    ),
+]
 TaskOption = Annotated[
     str | None, typer.Option("--task", help="four_class or binary. [default: what the folders say]")
 ]
@@ -154,6 +162,24 @@ def output_folder(out: str, source: str) -> str:
     if storage.is_file(out):
         raise UsageError(f"-o {out} is a file; choose a folder")
     return out
+
+
+def class_shares(text: str, names: tuple[str, ...]) -> dict[str, float]:
+    """Return the share of each class from `CLASS=SHARE,...`.
+
+    Raises:
+        UsageError: if it has another form, or misses a class, or the shares do not sum to 1.
+    """
+    try:
+        shares = {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise UsageError(f"--prevalence {text}: write CLASS=SHARE,CLASS=SHARE") from error
+    known = set(shares) == set(names) and min(shares.values()) >= 0
+    if not known or abs(sum(shares.values()) - 1) > 0.01:
+        raise UsageError(
+            f"--prevalence {text}: give each of {', '.join(names)} a share of 0 or more, sum 1"
+        )
+    return shares
 
 
 def all_met(requirements: "Sequence[Requirement]", figures: dict[str, Any]) -> bool:

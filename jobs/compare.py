@@ -27,8 +27,8 @@ def run(
     """
     from bt_core.evaluation.comparison import compare
     from bt_core.evaluation.gate import Requirement
+    from bt_core.evaluation.pages import read_report
     from bt_core.evaluation.predictions import Scans
-    from bt_core.labels import LABEL_SPACES
 
     names = [os.path.basename(storage.absolute(report)) for report in reports]
     if len(reports) < 2 or len(set(names)) < len(names):
@@ -36,28 +36,18 @@ def run(
             f"bt compare takes two reports or more, in folders of different names, got {names}"
         )
     requirements = [Requirement.parse(text) for text in require or []]
-    tasks = {report: _metrics(report)["task"] for report in reports}
-    if len(set(tasks.values())) > 1:
-        raise UsageError(f"the reports are of different tasks: {tasks}")
-    space = LABEL_SPACES[tasks[reports[0]]]
-    models = {
-        name: Scans.of(storage.read_table(storage.join(report, "predictions.parquet")), space)
-        for name, report in zip(names, reports, strict=True)
-    }
+    read = {name: read_report(report) for name, report in zip(names, reports, strict=True)}
+    spaces = {name: bundle.label_space for name, (_, _, _, bundle, _) in read.items()}
+    space = spaces[names[0]]
+    if any(other != space for other in spaces.values()):
+        raise UsageError(f"the reports are of different tasks: {', '.join(names)}")
+    models = {name: Scans.of(predictions, space) for name, (predictions, *_) in read.items()}
     found = compare(models, space)
     found["difference"] = found["pairs"][0]["difference"]
     print_comparison(found)
     if out is not None:
         storage.write_json(storage.absolute(out), found)
     return EXIT_OK if all_met(requirements, found) else EXIT_FAILED
-
-
-def _metrics(report: str) -> dict[str, Any]:
-    try:
-        metrics: dict[str, Any] = storage.read_json(storage.join(report, "metrics.json"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{report} holds no metrics.json; give the -o of a bt evaluate") from error
-    return metrics
 
 
 def print_comparison(found: dict[str, Any]) -> None:

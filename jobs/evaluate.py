@@ -12,8 +12,10 @@ from jobs.command import (
     DeviceOption,
     OutOption,
     OverwriteOption,
+    PrevalenceOption,
     RequireOption,
     all_met,
+    class_shares,
 )
 from jobs.compare import print_comparison
 from jobs.ensemble import build
@@ -23,7 +25,7 @@ from jobs.score import score_refs
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from bt_core.evaluation.predictions import Scans, Tested
+    from bt_core.evaluation.predictions import EvaluatedScans, Scans
     from bt_core.labels import LabelSpace
     from bt_core.models.bundle import Bundle
 
@@ -44,13 +46,7 @@ def run(
     ],
     out: OutOption = "report",
     device: DeviceOption = "auto",
-    prevalence: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CLASS=SHARE,...",
-            help="Shares of the classes where it will be used; adds predictive values there.",
-        ),
-    ] = None,
+    prevalence: PrevalenceOption = None,
     depth: Annotated[
         bool,
         typer.Option(
@@ -74,7 +70,7 @@ def run(
     places = _places(models, out, overwrite)
     bundles = {name: _bundle(model, out) for name, model in zip(places, models, strict=True)}
     space = next(iter(bundles.values())).info.label_space
-    shares = _shares(prevalence, space.names) if prevalence else None
+    shares = class_shares(prevalence, space.names) if prevalence else None
     codes, scans = [], {}
     with session():
         truths = _truths(data, bundles, space)
@@ -99,7 +95,7 @@ class _Evaluation:
 
     bundle: "Bundle"
     truth: "pa.Table"
-    tested: "Tested"
+    tested: "EvaluatedScans"
     out: str
     device: str
     prevalence: dict[str, float] | None
@@ -108,13 +104,15 @@ class _Evaluation:
     def run(self) -> tuple[dict[str, Any], "Scans"]:
         """Score, report, and return the figures and the answered scans."""
         from bt_core.data.decode_stage import REF_COLUMNS
+        from bt_core.evaluation.embedding import with_embedding
+        from bt_core.evaluation.pages import write_report
         from bt_core.evaluation.predictions import Scans, join_truth
-        from bt_core.evaluation.report import evaluate, write_report
+        from bt_core.evaluation.report import evaluate
 
         refs = self.truth.select(list(REF_COLUMNS))
-        scores = score_refs(self.bundle, refs, self.out, self.device, keep_logits=True)
+        scores = score_refs(self.bundle, refs, self.out, self.device, in_depth=True)
         _refuse_changed_source(self.truth, scores)
-        predictions = join_truth(scores, self.truth)
+        predictions = with_embedding(join_truth(scores, self.truth))
         info = self.bundle.info
         figures = evaluate(predictions, info, self.prevalence)
         scans = Scans.of(predictions, info.label_space)
@@ -189,10 +187,10 @@ def _bundle(model: str, out: str) -> "Bundle":
 
 def _truths(
     data: str, bundles: dict[str, "Bundle"], space: "LabelSpace"
-) -> dict[str, tuple["pa.Table", "Tested"]]:
+) -> dict[str, tuple["pa.Table", "EvaluatedScans"]]:
     """Return for each model the catalog rows that it is tested on, and what they are."""
     from bt_core.data.catalog import Dataset
-    from bt_core.evaluation.predictions import Tested
+    from bt_core.evaluation.predictions import EvaluatedScans
 
     for name, bundle in bundles.items():
         if bundle.info.label_space != space:
@@ -208,7 +206,7 @@ def _truths(
     found = {}
     for name, bundle in bundles.items():
         rows = dataset.open_test("evaluate", bundle.info.bundle_id)
-        tested = Tested(
+        tested = EvaluatedScans(
             source=dataset.info.source,
             split_by=dataset.info.plan.by,
             digest=dataset.info.digest,
@@ -219,13 +217,13 @@ def _truths(
     return found
 
 
-def _external(source: str, space: "LabelSpace") -> tuple["pa.Table", "Tested"]:
+def _external(source: str, space: "LabelSpace") -> tuple["pa.Table", "EvaluatedScans"]:
     """Return the rows of a labelled source; scans that cannot be read stay, conflicts do not."""
     import pyarrow.compute as pc
 
     from bt_core.data.catalog import label_refs
     from bt_core.data.external import external_scans
-    from bt_core.evaluation.predictions import Tested
+    from bt_core.evaluation.predictions import EvaluatedScans
     from bt_core.scans.archives import list_scans
     from bt_core.scans.identity import hash_key
 
@@ -237,7 +235,7 @@ def _external(source: str, space: "LabelSpace") -> tuple["pa.Table", "Tested"]:
     in_conflict = pc.equal(rows["reason"], "label_conflict")
     kept = rows.filter(pc.invert(in_conflict))
     columns = kept.select(["content_sha256", "label"]).to_pylist()
-    tested = Tested(
+    tested = EvaluatedScans(
         source=storage.absolute(source),
         split_by="external",
         digest=storage.digest_lines(f"{r['content_sha256']} {r['label']}" for r in columns),
@@ -246,21 +244,7 @@ def _external(source: str, space: "LabelSpace") -> tuple["pa.Table", "Tested"]:
     return kept, tested
 
 
-def _shares(text: str, names: tuple[str, ...]) -> dict[str, float]:
-    """Return the share of each class from `CLASS=SHARE,...`."""
-    try:
-        shares = {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))}
-    except ValueError as error:
-        raise UsageError(f"--prevalence {text}: write CLASS=SHARE,CLASS=SHARE") from error
-    known = set(shares) == set(names) and min(shares.values()) >= 0
-    if not known or abs(sum(shares.values()) - 1) > 0.01:
-        raise UsageError(
-            f"--prevalence {text}: give each of {', '.join(names)} a share of 0 or more, sum 1"
-        )
-    return shares
-
-
-def _print_summary(figures: dict[str, Any], tested: "Tested") -> None:
+def _print_summary(figures: dict[str, Any], tested: "EvaluatedScans") -> None:
     clean = figures["clean"]
 
     def shown(name: str) -> str:

@@ -77,7 +77,7 @@ def run(
 
 
 def score_refs(
-    bundle: "Bundle", refs: "pa.Table", out: str, device: str, keep_logits: bool = False
+    bundle: "Bundle", refs: "pa.Table", out: str, device: str, in_depth: bool = False
 ) -> "pa.Table":
     """Score listed scans into the folder `scores` below `out`, all rows or none, and return them.
 
@@ -95,7 +95,7 @@ def score_refs(
     with session() as resources:
         chosen = choose_device(device, resources)
         num_actors, cpus, gpus = resources.scorers(chosen)
-        args = (bundle.location, chosen, 1, keep_logits)
+        args = (bundle.location, chosen, 1, in_depth)
         pipeline.score(refs, specs, Scorer, args, beside, num_actors, cpus, gpus)
     scores = storage.read_table(beside)
     pipeline.check_rows(refs, scores)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from sklearn.metrics import f1_score
@@ -14,6 +14,17 @@ from bt_core.ensemble.review import fit_review
 from bt_core.errors import UsageError
 from bt_core.models.bundle import BundleInfo, MemberInfo
 from bt_core.models.run import Run
+
+_HISTORY: Final = (
+    "epoch",
+    "stage",
+    "loss",
+    "val_accuracy",
+    "val_macro_f1",
+    "val_log_loss",
+    "kept_by",
+)
+"""Figures of an epoch that a report draws."""
 
 
 def assemble(runs: Sequence[Run]) -> BundleInfo:
@@ -105,6 +116,10 @@ def _provenance(runs: Sequence[Run]) -> dict[str, Any]:
                 "num_parameters": run.info.num_parameters,
                 "environment": run.info.environment,
                 "metrics": run.info.metrics,
+                "history": [
+                    {key: figures[key] for key in _HISTORY if key in figures}
+                    for figures in run.history()
+                ],
             }
             for run in runs
         },

@@ -48,15 +48,16 @@ class Scorer:
         bundle_location: folder of the bundle, readable on every node.
         device: `cpu` or `cuda`.
         num_threads: torch threads on the CPU.
-        keep_logits: add the column `logits`: of each member, in the bundle's order, of each class.
+        in_depth: add the columns `logits` (of each member, in the bundle's order, each class) and
+            `features` (that the first member's head takes).
     """
 
     def __init__(
-        self, bundle_location: str, device: str, num_threads: int, keep_logits: bool = False
+        self, bundle_location: str, device: str, num_threads: int, in_depth: bool = False
     ) -> None:
         self._ensemble = Ensemble(Bundle(bundle_location), device, num_threads)
         self._schema = score_schema(self._ensemble.info.label_space)
-        if keep_logits:
+        if in_depth:
             self._schema = self._schema.append(pa.field("logits", pa.list_(pa.list_(pa.float32()))))
         self._preprocess_digest = preprocess_digest(self._ensemble.info)
 
@@ -67,11 +68,12 @@ class Scorer:
         if len(good):
             pixels = [columns[f"pixels_{i}"][good] for i in range(len(self._ensemble.specs))]
             digests = [str(columns["pixel_sha256"][i]) for i in good]
-            logits_MBK = self._ensemble.predictor.logits(pixels)
+            logits_MBK, features_BD = self._ensemble.predictor.logits_and_features(pixels)
             found = self._ensemble.judge(logits_MBK, digests)
+            depth = zip(logits_MBK.swapaxes(0, 1), features_BD, strict=True)
             answers = {
-                int(i): {**answer, "logits": logits_MBK[:, b].tolist()}
-                for b, (i, answer) in enumerate(zip(good, found, strict=True))
+                int(i): {**answer, "logits": list(logits), "features": features}
+                for i, answer, (logits, features) in zip(good, found, depth, strict=True)
             }
         now = datetime.now(UTC)
         rows = [self._row(columns, i, answers.get(i), now) for i in range(len(columns["scan_id"]))]

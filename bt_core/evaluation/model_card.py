@@ -1,5 +1,8 @@
 """The model card of a bundle, in Markdown with the front matter that model hubs read."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from bt_core.models.bundle import BundleInfo
 
 _CARD = """\
@@ -16,9 +19,21 @@ on patients, other organs, other modalities, whole volumes.
 - Input: one grey MRI slice. Output: calibrated probabilities of {classes}.
 - Members: {members}
 - Answers below a confidence of {min_confidence:.3f} are marked for review.
-- Trained on the dataset with digest `{dataset_digest}`; software versions and the bundle's id are
-  in `bundle.json`.
+- Prediction sets promise to hold each class in {level:.0%} of its scans of new families. A scan is
+  called free of a tumour above {healthy_above:.3f}, which promises that at most {missed:.1%} of
+  tumours pass.
+- Trained on the dataset with digest `{dataset_digest}`. Recipes, software versions and the bundle's
+  id are in `bundle.json`. The licence of the weights is that of the initial weights and of the
+  training scans: whoever shares them states it here.
 
+{figures}
+Limits: neighbouring slices of one patient may stand on both sides of the split where the scans
+carry no patient id, so figures are upper bounds. Scans that are no brain MRI are not recognised.
+The sources name no sites, scanners or groups of people, so nothing is known about differences
+between them. Heat maps show what moved an answer, not where a tumour is.
+"""
+
+_VALIDATION = """\
 | on {num_scans} validation scans | |
 |---|---|
 | accuracy | {accuracy:.3f} |
@@ -27,13 +42,28 @@ on patients, other organs, other modalities, whole volumes.
 | answered without review | {answered:.3f} |
 
 Calibration and the review rule were fitted on these same validation scans, so the figures are
-optimistic. Use the report of `bt evaluate` on test scans instead. Neighbouring slices of one
-patient may stand on both sides of the split where the scans carry no patient id.
+optimistic. `bt evaluate` on test scans writes a card with those instead.
 """
 
+_TESTED = (
+    ("accuracy", "accuracy"),
+    ("balanced_accuracy", "balanced accuracy"),
+    ("macro_f1", "macro F1"),
+    ("macro_auc", "macro AUC, one class against the rest"),
+    ("log_loss", "log loss"),
+    ("brier", "Brier score"),
+    ("missed_tumor_rate", "missed tumours"),
+    ("false_alarm_rate", "false alarms"),
+)
 
-def model_card(info: BundleInfo) -> str:
-    """Return the card."""
+
+def model_card(info: BundleInfo, figures: Mapping[str, Any] | None = None) -> str:
+    """Return the card.
+
+    Args:
+        info: the bundle's facts.
+        figures: of metrics.json; None gives those of validation.
+    """
     members = "; ".join(
         f"{m.name} ({m.model.backbone}, {m.preprocess.size_px} px, initial weights "
         f"{info.provenance['members'][m.name]['initial_weights']})"
@@ -43,9 +73,30 @@ def model_card(info: BundleInfo) -> str:
         classes=", ".join(info.label_space.names),
         members=members,
         min_confidence=info.review.min_confidence,
+        level=info.review.conformal_level,
+        healthy_above=info.review.healthy_above,
+        missed=info.review.max_missed_tumor_rate,
         dataset_digest=info.provenance["dataset_digest"][:16],
-        **{
-            k: info.metrics[k]
-            for k in ("num_scans", "accuracy", "macro_f1", "log_loss", "answered")
-        },
+        figures=_VALIDATION.format(**info.metrics) if figures is None else _tested(figures),
     )
+
+
+def _tested(figures: Mapping[str, Any]) -> str:
+    clean = figures["clean"]
+    lines = [
+        f"| on {clean['num_scans']} test scans of {clean['num_families']} families, none with a "
+        "copy in training | by scan | one per family |",
+        "|---|---|---|",
+    ]
+    for key, title in _TESTED:
+        cells = (_shown(clean[unit][key]) for unit in ("by_scan", "by_family"))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines.append("\nIn brackets 95 % intervals: whole families are drawn with replacement.\n")
+    return "\n".join(lines)
+
+
+def _shown(one: Mapping[str, float | None]) -> str:
+    if one["value"] is None:
+        return "not defined"
+    between = "" if one["low"] is None else f" [{one['low']:.3f}, {one['high']:.3f}]"
+    return f"{one['value']:.3f}{between}"

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
@@ -177,6 +179,28 @@ def _robustness_png(curves: dict[str, Any]) -> bytes:
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=7)
     return figure_png(figure)
+
+
+def embedding_pictures(predictions: pa.Table, space: LabelSpace) -> dict[str, bytes]:
+    """Return the picture `embedding` of scans that have a place, or nothing."""
+    table = predictions.filter(pc.is_valid(predictions["tsne_x"]))
+    if not table.num_rows:
+        return {}
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.add_subplot()
+    x_N, y_N = (table[name].to_numpy() for name in ("tsne_x", "tsne_y"))
+    labels, said = (np.array(table[n].to_pylist()) for n in ("label", "predicted_label"))
+    for name in space.names:
+        own = labels == name
+        axes.scatter(x_N[own], y_N[own], s=8, label=_readable(name))
+    wrong = labels != said
+    axes.scatter(
+        x_N[wrong], y_N[wrong], s=36, facecolors="none", edgecolors="black", label="wrong answer"
+    )
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.legend(fontsize=8)
+    return {"embedding": figure_png(figure)}
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

@@ -44,7 +44,7 @@ def join_truth(scores: pa.Table, truth: pa.Table) -> pa.Table:
     return joined
 
 
-class Tested(StrictModel):
+class EvaluatedScans(StrictModel):
     """What a bundle was evaluated on."""
 
     source: str

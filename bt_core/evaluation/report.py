@@ -1,4 +1,4 @@
-"""Evaluation of a bundle on test scans: all figures from the predictions table, and a page."""
+"""Evaluation of a bundle on test scans: all figures, from the predictions table alone."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,19 +8,14 @@ import numpy as np
 import pyarrow as pa
 from scipy.special import softmax
 
-from bt_core import storage
-from bt_core.data.page import render
 from bt_core.ensemble.calibration import combine
-from bt_core.errors import RunError
-from bt_core.evaluation import plots
 from bt_core.evaluation.benefit import decision_curve
 from bt_core.evaluation.comparison import compare
 from bt_core.evaluation.deferral import clearance, risk_coverage, set_figures
 from bt_core.evaluation.intervals import estimate
 from bt_core.evaluation.metrics import confusion_matrix
-from bt_core.evaluation.predictions import Scans, Tested
+from bt_core.evaluation.predictions import Scans
 from bt_core.evaluation.reliability import calibration_figures
-from bt_core.evaluation.sheets import KINDS, chosen_scans, map_figures, sheets
 from bt_core.evaluation.slices import slice_figures
 from bt_core.labels import LabelSpace
 from bt_core.models.bundle import BundleInfo
@@ -133,67 +128,3 @@ def _members(scans: Scans, bundle: BundleInfo) -> dict[str, Any] | None:
         for m, member in enumerate(bundle.members)
     }
     return compare({"ensemble": scans, **alone}, bundle.label_space)
-
-
-def write_report(
-    location: str,
-    predictions: pa.Table,
-    explained: pa.Table | None,
-    figures: dict[str, Any],
-    bundle: BundleInfo,
-    tested: Tested,
-) -> None:
-    """Write metrics.json, report.html (self-contained) and its pictures into a folder.
-
-    Args:
-        location: the folder.
-        predictions: see `predictions.join_truth`.
-        explained: rows of `explainer.SCHEMA` of `sheets.chosen_scans`; None draws no maps.
-        figures: of `evaluate`, with `robustness` if that was measured; gains `explanations`.
-        bundle: what was evaluated.
-        tested: on what.
-
-    Raises:
-        RunError: if there are no clean figures; a report without them would mislead.
-    """
-    if figures["clean"] is None:
-        raise RunError(
-            "every test scan, or a copy, was trained on, so nothing can be said about new ones; "
-            "evaluate on the dataset that the bundle was trained with, or on other scans"
-        )
-    space = bundle.label_space
-    scans = Scans.of(predictions, space)
-    clean = scans.where(scans.clean_N)
-    pictures = plots.report_pictures(figures, clean, space)
-    figures["explanations"] = None
-    if explained is not None:
-        chosen = chosen_scans(clean, space)
-        label_of = {
-            str(i): space.names[k] for i, k in zip(clean.scan_id, clean.labels_N, strict=True)
-        }
-        pictures |= sheets(explained, chosen, label_of)
-        sample = [row for row in explained.to_pylist() if row["scan_id"] in set(chosen["sample"])]
-        figures["explanations"] = map_figures(sample)
-        storage.write_table(storage.join(location, "explanations.parquet"), explained)
-    provenance = {
-        "bundle_id": bundle.bundle_id,
-        "dataset_digest": tested.digest,
-        "same_dataset_as_training": tested.digest == bundle.provenance.get("dataset_digest"),
-        "num_test_openings": tested.num_openings,
-    }
-    page = render(
-        "bt_core.evaluation",
-        "report.html.j2",
-        figures=figures,
-        bundle=bundle,
-        tested=tested,
-        provenance=provenance,
-        names=space.names,
-        pictures=pictures,
-        sheet_titles=KINDS,
-    )
-    for name, png in pictures.items():
-        storage.write_bytes(storage.join(location, f"{name}.png"), png)
-    storage.write_table(storage.join(location, "predictions.parquet"), predictions)
-    storage.write_bytes(storage.join(location, "report.html"), page)
-    storage.write_json(storage.join(location, "metrics.json"), {**figures, **provenance})

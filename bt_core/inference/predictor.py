@@ -62,6 +62,20 @@ class Predictor:
         members = zip(self.models, self._preprocessors, self._spec_of, strict=True)
         return np.stack([self._member_logits(m, p, pixels[i]) for m, p, i in members])
 
+    def logits_and_features(self, pixels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `logits` does, and features_BD float32 that the first member's head takes."""
+        first, kept = self.models[0], []
+        hook = first.head.register_forward_pre_hook(
+            lambda module, inputs: kept.append(inputs[0].float().cpu())
+        )
+        try:
+            logits_MBK = self.logits(pixels)
+        finally:
+            hook.remove()
+        plain = kept[:: 1 + len(first.flips)]  # of mirrored views none
+        features_BD: np.ndarray = torch.cat(plain).numpy()[: logits_MBK.shape[1]]
+        return logits_MBK, features_BD
+
     def inputs(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Return each member's model input images_BCSS, on the device, of what `logits` takes."""
         members = zip(self._preprocessors, self._spec_of, strict=True)

@@ -1,0 +1,191 @@
+"""Seventeen points that a reviewer asks of an evaluation, each answered or said to be missing.
+
+They gather CLAIM 2024, TRIPOD+AI (BMJ 2024;385:e078378), STARD-AI and Metrics Reloaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bt_core.evaluation.predictions import EvaluatedScans
+from bt_core.models.bundle import BundleInfo
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point.
+
+    Attributes:
+        title: what is asked.
+        answer: what is known, in words.
+        missing: what is not, and why; empty if nothing.
+    """
+
+    title: str
+    answer: str
+    missing: str = ""
+
+
+def checklist(
+    figures: Mapping[str, Any], bundle: BundleInfo, tested: EvaluatedScans
+) -> list[Point]:
+    """Return the seventeen points, in order.
+
+    Args:
+        figures: of metrics.json, with clean ones.
+        bundle: what was evaluated.
+        tested: on what.
+    """
+    return [*_data_points(figures, bundle, tested), *_figure_points(figures, bundle)]
+
+
+def _data_points(
+    figures: Mapping[str, Any], bundle: BundleInfo, tested: EvaluatedScans
+) -> list[Point]:
+    clean, flow = figures["clean"], figures["flow"]
+    counts = ", ".join(f"{n} {c}" for n, c in figures["all"]["counts"].items())
+    left_out = ", ".join(f"{n} {reason}" for reason, n in tested.num_left_out.items()) or "none"
+    members = bundle.provenance.get("members", {})
+    trained = "; ".join(
+        f"{m.name}: {m.model.backbone} at {m.preprocess.size_px} px from "
+        f"{members.get(m.name, {}).get('initial_weights', 'unknown weights')}, recipe "
+        f"{members.get(m.name, {}).get('recipe', 'unknown')}"
+        for m in bundle.members
+    )
+    outcomes = ", ".join(f"{status} {n}" for status, n in flow["by_status"].items())
+    apart = {
+        "family": "copies under flips, rotations, re-encoding and resizing, and a named patient's "
+        "scans, are on one side of the split",
+        "given": "the split of the source is kept, and every figure is given twice",
+        "external": "a source that nothing was prepared from; scans that were trained on are found "
+        "by their pixels",
+    }[tested.split_by]
+    return [
+        Point(
+            "Intended use, users, out of scope, status",
+            "Research only, not a medical device; one grey brain-MRI slice at a time. Out of "
+            "scope: any use on patients, other organs and modalities, whole volumes.",
+            "a contact and a licence of the weights, because the person who shares the bundle "
+            "states them",
+        ),
+        Point(
+            "Data: source, version, counts, partitions",
+            f"{flow['num_scans']} test scans ({counts}), digest {tested.digest[:16]}; trained on "
+            f"the dataset {str(bundle.provenance.get('dataset_digest', ''))[:16]}.",
+            "dates, sites, scanners, sequences and demographics, because the sources do not state "
+            "them for each scan",
+        ),
+        Point(
+            "Reference standard",
+            "The class folder or list of the source. Pictures under several classes are left out.",
+            "who labelled and how far they agree, because the sources do not say",
+        ),
+        Point(
+            "Leakage control",
+            f"{apart[0].upper()}{apart[1:]}. {figures['num_seen_in_training']} test scans stand "
+            f"with a scan that was trained on; the headline is on the other {clean['num_scans']}.",
+            "neighbouring slices of patients that the source does not name",
+        ),
+        Point(
+            "Preprocessing, model, training, seeds, software",
+            f"{trained}. Recipes, seeds, package versions and processors are in bundle.json.",
+        ),
+        Point(
+            "Flow of scans",
+            f"{flow['num_scans']} tested: {outcomes}. Left out before: {left_out}.",
+        ),
+    ]
+
+
+def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point]:
+    by_scan, sets = figures["clean"]["by_scan"], figures["prediction_sets"]
+    worst, robust = figures["slices"]["worst"], figures.get("robustness")
+    maps = figures.get("explanations")
+
+    def shown(name: str) -> str:
+        one = by_scan[name]
+        if one["value"] is None:
+            return "not defined"
+        known = one["low"] is not None
+        return f"{one['value']:.3f}" + (
+            f" ({one['low']:.3f} to {one['high']:.3f})" if known else ""
+        )
+
+    deep = "it was not measured; leave out --no-depth"
+    return [
+        Point(
+            "Confusion matrix and figures per class, with intervals by patient or family",
+            f"Balanced accuracy {shown('balanced_accuracy')}, macro AUC {shown('macro_auc')}, "
+            f"Matthews' coefficient {shown('mcc')}; families are drawn 2,000 times."
+            + (" Predictive values at the stated prevalence." if figures["prevalence"] else ""),
+            ""
+            if figures["prevalence"]
+            else "predictive values at a prevalence, because none was stated; pass --prevalence",
+        ),
+        Point(
+            "Calibration",
+            f"Log loss {shown('log_loss')}, Brier score {shown('brier')}, expected calibration "
+            f"error {figures['calibration']['ece']:.3f}, and "
+            f"{figures['calibration_before']['ece']:.3f} before temperatures, which were fitted on "
+            "validation scans.",
+        ),
+        Point(
+            "Decision curves",
+            f"For {', '.join(n.replace('_', ' ') for n in figures['decision_curves'])}, against "
+            "treating all and none, with bands by family.",
+        ),
+        Point(
+            "Risk distributions and operating points",
+            "Thresholds were chosen on validation scans and are in the bundle: review below a "
+            f"confidence of {bundle.review.min_confidence:.3f}, called free of a tumour above "
+            f"{bundle.review.healthy_above:.3f}.",
+        ),
+        Point(
+            "Uncertainty",
+            f"Prediction sets hold the true class in {sets['coverage']:.3f} of scans with "
+            f"{sets['mean_size']:.2f} classes on mean, and are counted for each class; a curve of "
+            "risk over coverage.",
+        ),
+        Point(
+            "Subgroups",
+            f"Every column of the catalog. Lowest accuracy: {worst['column'].replace('_', ' ')} "
+            f"{worst['value']}, {worst['accuracy']['value']:.3f}."
+            if worst
+            else "",
+            "age, sex, scanner, plane and tumour size, because the sources do not state them",
+        ),
+        Point(
+            "External test, robustness, other inputs",
+            "Curves under noise, blur, bias field, contrast, rotation, crop, JPEG and resolution."
+            if robust
+            else "",
+            ("" if robust else f"robustness: {deep}; ") + "scans that are no brain MRI",
+        ),
+        Point(
+            "Comparison",
+            "Members against their ensemble by exchanging answers on whole families."
+            if figures["members"]
+            else "",
+            "" if figures["members"] else "one model only; bt compare holds several side by side",
+        ),
+        Point(
+            "Failure analysis",
+            "The surest wrong answers of each class, with maps." if maps else "",
+            "" if maps else f"pictures of failures: {deep}",
+        ),
+        Point(
+            "Explanations, checked",
+            f"Heat maps; sanity check {'passed' if maps['passes'] else 'NOT passed'}. They show "
+            "what moved the answer, not where a tumour is."
+            if maps
+            else "",
+            "" if maps else f"heat maps: {deep}",
+        ),
+        Point(
+            "Fairness, privacy, limits, updates",
+            "No header value of a scan leaves it but technical ones; patients only as keyed "
+            "hashes. The model card has the limits; bundle.json the digests.",
+            "a fairness statement, because the sources name no groups of people; a plan for "
+            "updates, because the person who uses the model makes it",
+        ),
+    ]
