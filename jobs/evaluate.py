@@ -8,6 +8,7 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, DatasetError, UsageError
+from bt_core.log import logger
 from jobs.command import (
     DeviceOption,
     OutOption,
@@ -123,7 +124,20 @@ class _Evaluation:
         write_report(self.out, predictions, explained, figures, info, self.tested)
         storage.remove_dir(storage.join(self.out, "scores"))  # predictions.parquet has them all
         _print_summary(figures, self.tested)
+        self._write_card(figures)
         return figures, scans
+
+    def _write_card(self, figures: dict[str, Any]) -> None:
+        """Let figures on the dataset that a bundle was trained with enter its model card."""
+        from bt_core.evaluation.model_card import model_card
+        from bt_core.models.bundle import write_card
+
+        if self.tested.digest != self.bundle.info.provenance.get("dataset_digest"):
+            return
+        try:
+            write_card(self.bundle.location, model_card(self.bundle.info, figures))
+        except OSError:
+            logger.warning("%s cannot be written, so its card stays", self.bundle.location)
 
     def _explained(self, clean: "Scans") -> "pa.Table":
         """Return the explanations of the scans that the report shows."""

@@ -2,11 +2,11 @@
 
 ::
 
-    bundle.json                      BundleInfo; its bundle_id covers every other file
+    bundle.json                      BundleInfo; its bundle_id covers all that decides an answer
     members/<name>/config.json       the resolved ModelSpec and PreprocessSpec
     members/<name>/model.safetensors
     training_index.safetensors       which pixels were trained on
-    MODEL_CARD.md
+    MODEL_CARD.md                    for people; gets the test figures when it is evaluated
 """
 
 from typing import Any
@@ -76,7 +76,8 @@ class BundleInfo(StrictModel):
     """Figures on the validation scans that calibration and review were fitted on."""
     provenance: dict[str, Any]
     files: dict[str, str] = Field(default_factory=dict)
-    """Path inside the bundle to SHA-256."""
+    """Path inside the bundle to SHA-256: of every file but this one and the model card, which
+    decides no answer and is written anew when the bundle is evaluated."""
 
     def digest(self) -> str:
         """Return what `bundle_id` must be."""
@@ -185,7 +186,6 @@ def write_bundle(
     keys = np.array(sorted({index_key(d) for d in training_digests}), np.int64)
     files: dict[str, bytes] = {
         INDEX_FILE: safetensors.numpy.save({"keys": keys}),
-        "MODEL_CARD.md": model_card.encode(),
     }
     for member in info.members:
         tensors = {k: v.detach().cpu().contiguous() for k, v in state_dicts[member.name].items()}
@@ -198,6 +198,12 @@ def write_bundle(
     storage.remove_dir(beside)
     for path, content in files.items():
         storage.write_bytes(storage.join(beside, path), content)
+    write_card(beside, model_card)
     storage.write_json(storage.join(beside, "bundle.json"), info.model_dump(mode="json"))
     storage.move_dir(beside, storage.absolute(location))
     return info
+
+
+def write_card(location: str, model_card: str) -> None:
+    """Write a bundle's model card, in place of one that is there."""
+    storage.write_bytes(storage.join(location, "MODEL_CARD.md"), model_card.encode())

@@ -93,6 +93,7 @@ def test_the_bundle_holds_both_members_without_a_pickle_or_a_path(chain):
             assert str(chain.root) not in path.read_text()
     card = (chain.bundle / "MODEL_CARD.md").read_text()
     assert "Not a medical device" in card
+    assert "none with a copy in training" in card, "bt evaluate has put its figures there"
 
 
 def test_the_report_agrees_with_its_own_predictions(chain):
@@ -184,6 +185,12 @@ def test_reports_are_held_against_each_other_and_against_a_requirement(chain, tm
     too_much = ["--require", "difference.accuracy.low>=0.1"]
     assert bt("compare", chain.report, twin, *too_much) == 1
     assert "NOT MET" in capfd.readouterr().out
+    again = ["--prevalence", "glioma=0.1,meningioma=0.1,no_tumor=0.7,pituitary=0.1"]
+    assert bt("report", twin, *again) == 0
+    assert "ppv at prevalence" in (twin / "report.html").read_text()
+    before, after = (json.loads((p / "metrics.json").read_text()) for p in (chain.report, twin))
+    assert before["all"]["by_scan"].items() <= after["all"]["by_scan"].items()
+    assert bt("report", tmp_path) == 2
     assert bt("compare", chain.report, tmp_path) == 2
     assert bt("compare", chain.report, chain.report) == 2
 

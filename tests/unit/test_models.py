@@ -21,6 +21,7 @@ from bt_core.models.bundle import (
     ReviewInfo,
     index_key,
     write_bundle,
+    write_card,
 )
 from bt_core.models.classifier import build_classifier, build_head, rebuild_classifier
 from bt_core.models.inputs import Preprocessor
@@ -75,6 +76,9 @@ def test_a_bundle_comes_back_as_it_was_written(tmp_path):
     images = torch.rand(2, 3, 48, 48)
     assert torch.equal(expected(images), loaded(images))
     assert not list(tmp_path.glob("*.tmp"))
+    write_card(str(tmp_path / "b"), "a better card")
+    assert Bundle(str(tmp_path / "b")).info == info
+    assert (tmp_path / "b" / "MODEL_CARD.md").read_text() == "a better card"
 
 
 @settings(deadline=None, max_examples=40)
@@ -378,7 +382,6 @@ def test_bundle_json_is_plain_json(tmp_path):
     content = json.loads((tmp_path / "b" / "bundle.json").read_text())
     assert set(content["files"]) == {
         "training_index.safetensors",
-        "MODEL_CARD.md",
         *(f"members/m{i}/{f}" for i in (0, 1) for f in ("config.json", "model.safetensors")),
     }
 
