@@ -58,7 +58,9 @@ class Scorer:
         self._ensemble = Ensemble(Bundle(bundle_location), device, num_threads)
         self._schema = score_schema(self._ensemble.info.label_space)
         if in_depth:
-            self._schema = self._schema.append(pa.field("logits", pa.list_(pa.list_(pa.float32()))))
+            numbers = pa.list_(pa.float32())
+            self._schema = self._schema.append(pa.field("logits", pa.list_(numbers)))
+            self._schema = self._schema.append(pa.field("features", numbers))
         self._preprocess_digest = preprocess_digest(self._ensemble.info)
 
     def __call__(self, columns: dict[str, Any]) -> pa.Table:

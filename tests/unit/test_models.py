@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from bt_core import storage
 from bt_core.config import parse
 from bt_core.ensemble.ensemble import Ensemble
+from bt_core.ensemble.scorer import Scorer
 from bt_core.errors import BundleError, ConfigError, WeightsError
 from bt_core.inference.predictor import Predictor, distinct_specs
 from bt_core.labels import LABEL_SPACES
@@ -32,11 +33,12 @@ TINY = ModelSpec(backbone="cnn_small", backbone_args={"width": 4}, weights="none
 SPACE = LABEL_SPACES["four_class"]
 
 
-def make_bundle(location, sizes=(32, 48), **changes):
+def make_bundle(location, sizes=(32, 48), flips="none", **changes):
     members, weights = [], {}
     for i, size in enumerate(sizes):
         torch.manual_seed(i)
-        model, spec, preprocess = build_classifier(TINY, PreprocessSpec(size_px=size), 4)
+        tiny = TINY.model_copy(update={"test_time_flips": flips})
+        model, spec, preprocess = build_classifier(tiny, PreprocessSpec(size_px=size), 4)
         name = f"m{i}"
         members.append(
             MemberInfo(
@@ -141,6 +143,38 @@ def test_an_ensemble_answers_for_each_scan_and_knows_training_scans(tmp_path):
         assert (answer["status"] == "deferred") == (answer["confidence"] < 0.3)
         assert (answer["reason"] == "low_confidence") == (answer["status"] == "deferred")
         assert 0 < answer["entropy"] <= np.log(4) + 1e-9
+
+
+@pytest.mark.parametrize("flips", ["none", "both"])
+def test_score_rows_in_depth_hold_logits_and_the_first_members_features(tmp_path, flips):
+    make_bundle(tmp_path / "b", flips=flips)
+    generator = np.random.default_rng(0)
+    columns = {
+        "scan_id": np.array([f"{i}" for i in range(7)]),
+        "reason": np.array(["", "io_error", *[""] * 5]),
+        **{name: np.array([""] * 7) for name in ("uri", "member", "content_sha256")},
+        "pixel_sha256": np.array(["0" * 64] * 7),
+        "frame_index": np.zeros(7, int),
+        "num_frames": np.ones(7, int),
+        **{
+            f"pixels_{i}": generator.integers(0, 255, (7, s, s), np.uint8)
+            for i, s in ((0, 32), (1, 48))
+        },
+    }
+    plain = Scorer(str(tmp_path / "b"), "cpu", 1)(columns)
+    deep = Scorer(str(tmp_path / "b"), "cpu", 1, in_depth=True)(columns)
+    same = [name for name in plain.column_names if name != "scored_at"]
+    assert deep.select(same).equals(plain.select(same))
+    assert deep["logits"].null_count == deep["features"].null_count == 1
+    rows = [row for row in deep.to_pylist() if row["logits"]]
+    bundle = Bundle(str(tmp_path / "b"))
+    logits = Predictor(bundle).logits([columns[f"pixels_{i}"][[0, 2, 3, 4, 5, 6]] for i in (0, 1)])
+    np.testing.assert_array_equal([row["logits"] for row in rows], logits.swapaxes(0, 1))
+    if flips == "none":
+        head = bundle.load_member(bundle.info.members[0]).head
+        features = torch.tensor([row["features"] for row in rows])
+        torch.testing.assert_close(head(features).detach().numpy(), logits[0])
+    assert len({tuple(row["features"]) for row in rows}) == 6
 
 
 def test_an_answer_is_the_same_to_the_last_bit_alone_and_among_others(tmp_path):
