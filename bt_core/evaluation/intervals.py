@@ -17,13 +17,14 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from scipy.stats import t as student
 
 from bt_core.config import StrictModel
-from bt_core.evaluation.metrics import figures_of
+from bt_core.evaluation.metrics import denominators, figures_of
 
 NUM_DRAWS: Final = 2_000
 LEVEL: Final = 0.95
@@ -36,8 +37,25 @@ _AT_ONCE: Final = 100
 _DEFINED: Final = 0.95
 """Share of draws that must define a figure for it to have an interval."""
 
+_PRIOR: Final = 10.0
+"""Families in error that the assumption of wholly alike families weighs as much as."""
 _FEWEST: Final = 5
 """Families below which no interval is given."""
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What a figure rests on.
+
+    Attributes:
+        num_families: families with a scan in its denominator.
+        effective: that number if all were of equal weight (Kish 1965).
+        num_scans: scans there.
+    """
+
+    num_families: int
+    effective: float
+    num_scans: int
 
 
 class Estimate(StrictModel):
@@ -102,10 +120,10 @@ def estimate(
         weights_ND = counts_DF.T[family_N] * weight_N[:, None]
         return figures_of(labels_N, probs_NK, weights_ND, names, healthy, prevalence_K)
 
-    families_of = _num_families(labels_N, family_N, names, healthy)
     found = {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for unit, weight_N in weights.items():
+            base_of = _bases(labels_N, probs_NK, weight_N, family_N, names, healthy)
             plain = figures(weight_N, np.ones((1, len(size_F))))
             blocks = [counts_DF[i : i + _AT_ONCE] for i in range(0, num_draws, _AT_ONCE)]
             drawn = list(pool.map(lambda block, own=weight_N: figures(own, block), blocks))
@@ -114,67 +132,85 @@ def estimate(
                     name,
                     float(value_1[0]),
                     np.concatenate([one[name] for one in drawn]),
-                    (families_of(name), len(labels_N)),
+                    base_of(name),
                 )
                 for name, value_1 in plain.items()
             }
     return found
 
 
-def _num_families(
-    labels_N: np.ndarray, family_N: np.ndarray, names: Sequence[str], healthy: int
-) -> Callable[[str], int]:
-    """Return a function from a figure's name to the number of families that it rests on."""
-    of_class = {
-        name: len(np.unique(family_N[labels_N == k]))
-        for k, name in enumerate(names)
-        if (labels_N == k).any()
-    }
-    special = {
-        "missed_tumor_rate": len(np.unique(family_N[labels_N != healthy])),
-        "false_alarm_rate": len(np.unique(family_N[labels_N == healthy])),
-    }
-    smallest, num_all = min(of_class.values()), len(np.unique(family_N))
+def _bases(
+    labels_N: np.ndarray,
+    probs_NK: np.ndarray,
+    weight_N: np.ndarray,
+    family_N: np.ndarray,
+    names: Sequence[str],
+    healthy: int,
+) -> Callable[[str], _Base]:
+    """Return a function from a figure's name to what it rests on."""
+    parts = denominators(labels_N, probs_NK, names, healthy)
+    everything = _base(weight_N, family_N)
 
-    def families_of(figure: str) -> int:
-        own = of_class.get(figure.partition(".")[0]) or special.get(figure)
-        return own or (smallest if figure.startswith(("macro", "balanced")) else num_all)
+    def base_of(figure: str) -> _Base:
+        if figure not in parts:
+            return everything
+        bases = [_base(weight_N[mask], family_N[mask]) for mask in parts[figure]]
+        smallest = min(bases, key=lambda base: base.effective)
+        if not figure.startswith(("macro", "balanced")):
+            return smallest
+        # The variance of a mean over classes is the sum of theirs over the square of their number.
+        effective = len(bases) ** 2 / sum(1 / base.effective for base in bases)
+        return _Base(smallest.num_families, effective, sum(base.num_scans for base in bases))
 
-    return families_of
+    return base_of
 
 
-def _estimate(name: str, value: float, draws_D: np.ndarray, sizes: tuple[int, int]) -> Estimate:
-    """Return a figure's estimate.
+def _base(weight_N: np.ndarray, family_N: np.ndarray) -> _Base:
+    of_family_F = np.bincount(family_N, weights=weight_N)
+    of_family_F = of_family_F[of_family_F > 0]
+    if not len(of_family_F):
+        return _Base(0, 0.0, 0)
+    effective = of_family_F.sum() ** 2 / (of_family_F**2).sum()
+    return _Base(len(of_family_F), float(effective), len(family_N))
 
-    Args:
-        name: of the figure.
-        value: of all scans.
-        draws_D: of the bootstrap.
-        sizes: numbers of families that it rests on, and of scans.
-    """
-    num_families = sizes[0]
+
+def _estimate(name: str, value: float, draws_D: np.ndarray, base: _Base) -> Estimate:
+    """Return a figure's estimate from its value on all scans and in the bootstrap's draws."""
+    bare = Estimate(value=None if np.isnan(value) else value, low=None, high=None)
     defined = draws_D[~np.isnan(draws_D)]
-    if np.isnan(value):
-        return Estimate(value=None, low=None, high=None)
-    if len(defined) < _DEFINED * len(draws_D) or num_families < _FEWEST:
-        return Estimate(value=value, low=None, high=None)
-    z = float(student.ppf((1 + LEVEL) / 2, num_families - 1))
-    variance = float(defined.var(ddof=1)) * num_families / (num_families - 1)
+    few = len(defined) < _DEFINED * len(draws_D) or base.num_families < _FEWEST
+    if np.isnan(value) or few:
+        return bare
+    z = float(student.ppf((1 + LEVEL) / 2, base.num_families - 1))
+    variance = float(defined.var(ddof=1)) * base.num_families / (base.num_families - 1)
     if name in _LOSSES:
-        factor = math.exp(z * math.sqrt(variance) / value) if value else 1.0
+        if not variance or not value:
+            return bare
+        factor = math.exp(z * math.sqrt(variance) / value)
         return Estimate(value=value, low=value / factor, high=value * factor)
     if name in _AROUND_ZERO:
-        low, high = _wilson((1 + value) / 2, variance / 4, z, sizes)
+        low, high = _wilson((1 + value) / 2, variance / 4, z, base)
         return Estimate(value=value, low=2 * low - 1, high=2 * high - 1)
-    low, high = _wilson(value, variance, z, sizes)
+    ranking = name.endswith(("auc", "average_precision"))
+    low, high = _wilson(value, variance, z, base, prior=1.0 if ranking else _PRIOR)
     return Estimate(value=value, low=low, high=high)
 
 
-def _wilson(share: float, variance: float, z: float, sizes: tuple[int, int]) -> tuple[float, float]:
-    """Return Wilson's interval of a share whose variance says how many scans it is worth."""
-    num_families, num_scans = sizes
+def _wilson(
+    share: float, variance: float, z: float, base: _Base, prior: float = _PRIOR
+) -> tuple[float, float]:
+    """Return Wilson's interval of a share, with the number of scans that its variance is worth.
+
+    Few errors say little about the variance, none say nothing. So that number is drawn towards the
+    number of families, as if all scans of one were right or wrong together, with the weight of
+    `prior` families in error; else one error more could give a higher lower bound. For areas under
+    curves, whose variance is known from far fewer errors, the weight is small; near 1 they are
+    still wider than they need to be.
+    """
     inner = share * (1 - share)
-    num = min(inner / variance, num_scans) if inner > 0 and variance > 0 else num_families
+    measured = min(inner / variance, base.num_scans) if inner > 0 and variance > 0 else 0.0
+    trust = base.effective * min(share, 1 - share) if measured else 0.0
+    num = (trust * measured + prior * base.effective) / (trust + prior)
     centre = (share + z**2 / (2 * num)) / (1 + z**2 / num)
     half = z / (1 + z**2 / num) * math.sqrt(inner / num + z**2 / (4 * num**2))
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -3,8 +3,9 @@
 A weighting says how much each scan counts. Ones give the plain figure, one over the size of its
 family counts each family once, and numbers of draws with replacement give one draw of a bootstrap:
 so a figure and its interval come from the same lines, which equal scikit-learn's with
-`sample_weight`. What is not defined, such as the AUC of a class without scans, is NaN; averages
-over classes leave it out, as scikit-learn does with `zero_division=np.nan`.
+`sample_weight`. What is not defined, such as the AUC of a class without scans, is NaN. Averages are
+over the classes that have scans (in scikit-learn's words `labels=present, zero_division=0`), so a
+class that is there and never answered counts as precision 0.
 
 Shape suffixes: N scans, K classes, D weightings, G groups of equal scores.
 """
@@ -53,6 +54,40 @@ def figures_of(
     }
 
 
+def denominators(
+    labels_N: np.ndarray, probs_NK: np.ndarray, names: Sequence[str], healthy: int
+) -> dict[str, list[np.ndarray]]:
+    """Return the scans, as bool masks_N, that each figure with a part of the scans rests on.
+
+    An AUC rests on two parts, a mean over classes on the scans of each class. Figures that are not
+    there rest on all scans.
+    """
+    said_N = probs_NK.argmax(1)
+    found: dict[str, list[np.ndarray]] = {
+        "missed_tumor_rate": [labels_N != healthy],
+        "false_alarm_rate": [labels_N == healthy],
+    }
+    classes = [labels_N == k for k in range(len(names)) if (labels_N == k).any()]
+    for k, name in enumerate(names):
+        own_N, answered_N = labels_N == k, said_N == k
+        parts = {
+            "precision": [answered_N],
+            "recall": [own_N],
+            "specificity": [~own_N],
+            "f1": [own_N | answered_N],
+            "npv": [~answered_N],
+            "auc": [own_N, ~own_N],
+            "average_precision": [own_N, ~own_N],
+            "ppv_at_prevalence": [answered_N],
+            "npv_at_prevalence": [~answered_N],
+        }
+        found |= {f"{name}.{kind}": masks for kind, masks in parts.items()}
+    means = ("precision", "recall", "specificity", "f1", "npv", "auc", "average_precision")
+    return found | dict.fromkeys(
+        ("balanced_accuracy", *(f"macro_{kind}" for kind in means)), classes
+    )
+
+
 def confusion_matrix(labels_N: np.ndarray, probs_NK: np.ndarray) -> np.ndarray:
     """Return counts_KK, rows are true classes."""
     counts_KK = np.zeros((probs_NK.shape[1],) * 2, dtype=int)
@@ -65,17 +100,19 @@ def _of_counts(counts_DKK: np.ndarray, names: Sequence[str], healthy: int) -> Fi
     right_DK = np.diagonal(counts_DKK, axis1=1, axis2=2)
     total_D = true_DK.sum(1)
     neither_DK = total_D[:, None] - true_DK - said_DK + right_DK
+    present_DK = true_DK > 0
+    precision_DK = _ratio(right_DK, said_DK)
     by_class = {
-        "precision": _ratio(right_DK, said_DK),
+        "precision": np.where(present_DK & (said_DK == 0), 0.0, precision_DK),
         "recall": _ratio(right_DK, true_DK),
         "specificity": _ratio(neither_DK, total_D[:, None] - true_DK),
         "f1": _ratio(2 * right_DK, true_DK + said_DK),
         "npv": _ratio(neither_DK, total_D[:, None] - said_DK),
     }
     found = {"accuracy": _ratio(right_DK.sum(1), total_D)}
-    found["balanced_accuracy"] = _mean_defined(by_class["recall"])
+    found["balanced_accuracy"] = _mean_defined(by_class["recall"], present_DK)
     for kind, values_DK in by_class.items():
-        found[f"macro_{kind}"] = _mean_defined(values_DK)
+        found[f"macro_{kind}"] = _mean_defined(values_DK, present_DK)
         found[f"weighted_{kind}"] = _mean_defined(values_DK, true_DK)
         found |= {f"{name}.{kind}": values_DK[:, k] for k, name in enumerate(names)}
     # Matthews' coefficient for several classes: Gorodkin 2004. Kappa: Cohen 1960.
@@ -131,7 +168,8 @@ def _of_rankings(
     pairs = [_ranking(labels_N == k, probs_NK[:, k], weights_ND) for k in range(probs_NK.shape[1])]
     found: Figures = {}
     for kind, columns in zip(("auc", "average_precision"), zip(*pairs, strict=True), strict=True):
-        found[f"macro_{kind}"] = np.mean(columns, axis=0)
+        values_DK = np.stack(columns, axis=1)
+        found[f"macro_{kind}"] = _mean_defined(values_DK, np.ones_like(values_DK))
         found |= {f"{name}.{kind}": values_D for name, values_D in zip(names, columns, strict=True)}
     return found
 
@@ -162,8 +200,7 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return quotient
 
 
-def _mean_defined(values_DK: np.ndarray, weights_DK: np.ndarray | None = None) -> np.ndarray:
-    """Return the mean over the classes whose value is defined."""
-    defined_DK = ~np.isnan(values_DK)
-    shares_DK = defined_DK * (1.0 if weights_DK is None else weights_DK)
-    return _ratio((np.where(defined_DK, values_DK, 0.0) * shares_DK).sum(1), shares_DK.sum(1))
+def _mean_defined(values_DK: np.ndarray, weights_DK: np.ndarray) -> np.ndarray:
+    """Return the weighted mean over the classes whose value is defined."""
+    shares_DK = ~np.isnan(values_DK) * weights_DK
+    return _ratio((np.nan_to_num(values_DK) * shares_DK).sum(1), shares_DK.sum(1))

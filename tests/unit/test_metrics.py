@@ -43,15 +43,20 @@ def expected_figures(labels, probs, weights):
         found["top2_accuracy"] = sk.top_k_accuracy_score(
             labels, probs, k=2, labels=classes, **shared
         )
-    undefined = {"zero_division": np.nan, "labels": classes, **shared}
+    present = np.unique(labels)
     for average in ("macro", "weighted", None):
-        *values, _ = sk.precision_recall_fscore_support(labels, said, average=average, **undefined)
+        chosen = classes if average is None else present
+        *values, _ = sk.precision_recall_fscore_support(
+            labels, said, average=average, labels=chosen, zero_division=0.0, **shared
+        )
         for kind, value in zip(("precision", "recall", "f1"), values, strict=True):
             if average is None:
-                found |= {f"{name}.{kind}": one for name, one in zip(names, value, strict=True)}
+                there = {k for k in classes if k in present or (kind != "recall" and k in said)}
+                found |= {f"{names[k]}.{kind}": value[k] if k in there else np.nan for k in classes}
             else:
                 found[f"{average}_{kind}"] = value
     found["balanced_accuracy"] = found["macro_recall"]
+    rankings = {"auc": [], "average_precision": []}
     for k, name in enumerate(names):
         own, others = labels == k, labels != k
         rest = {"zero_division": np.nan, "sample_weight": weights, "pos_label": False}
@@ -59,10 +64,16 @@ def expected_figures(labels, probs, weights):
         found[f"{name}.npv"] = sk.precision_score(own, said == k, **rest)
         if own.any() and others.any():
             found[f"{name}.auc"] = sk.roc_auc_score(own, probs[:, k], **shared)
+            rankings["auc"].append(found[f"{name}.auc"])
         if own.any():
             found[f"{name}.average_precision"] = sk.average_precision_score(
                 own, probs[:, k], **shared
             )
+            rankings["average_precision"].append(found[f"{name}.average_precision"])
+    found |= {f"macro_{kind}": np.mean(own) if own else np.nan for kind, own in rankings.items()}
+    for kind in ("specificity", "npv"):
+        own = [found[f"{names[k]}.{kind}"] for k in present]
+        found[f"macro_{kind}"] = np.nanmean(own) if not np.isnan(own).all() else np.nan
     healthy, ill = labels == 2 % num_classes, said != 2 % num_classes
     rates = {"zero_division": np.nan}
     found["missed_tumor_rate"] = 1 - sk.recall_score(~healthy, ill, sample_weight=weights, **rates)
@@ -169,6 +180,38 @@ def test_no_error_seen_is_no_proof_that_there_are_none():
     assert 0.01 < missed.high < 0.05
     assert found["by_family"]["accuracy"].value == 1.0
     assert 0.97 < found["by_family"]["accuracy"].low < 0.99
+
+
+def test_one_error_more_never_gives_a_better_bound():
+    labels, family = np.arange(1000) % 4, np.arange(1000) // 4 % 250
+    lows = []
+    for num_wrong in range(8):
+        said = labels.copy()
+        said[: 40 * num_wrong : 40] = (labels[: 40 * num_wrong : 40] + 1) % 4
+        found = estimate(labels, np.eye(4)[said], family, NAMES, 2, num_draws=200)["by_scan"]
+        lows.append([found[n].low for n in ("accuracy", "macro_f1", "mcc", "glioma.recall")])
+    assert (np.diff(lows, axis=0) <= 1e-9).all(), lows
+
+
+def test_a_figure_rests_on_the_scans_of_its_denominator():
+    """Of two classes, one's recall is the other's specificity, whichever of them is rare."""
+    labels = np.repeat([0, 1], [12, 300])
+    family = np.arange(312)
+    found = estimate(labels, np.eye(2)[labels], family, ("healthy", "tumor"), 0, num_draws=50)
+    one = found["by_scan"]
+    assert one["healthy.recall"] == one["tumor.specificity"]
+    assert one["tumor.recall"] == one["healthy.specificity"]
+    assert one["healthy.recall"].low < 0.8 < 0.98 < one["tumor.recall"].low
+    assert one["healthy.precision"] == one["tumor.npv"]
+    assert (one["log_loss"].low, one["brier"].low) == (None, None), "no error seen is no proof"
+
+
+def test_a_class_that_is_never_answered_costs_precision():
+    labels = np.repeat([0, 1], 100)
+    probs = np.eye(2)[np.ones(200, dtype=int)]
+    found = figures_of(labels, probs, np.ones((200, 1)), ("healthy", "tumor"), 0)
+    assert found["macro_precision"][0] == 0.25
+    assert found["healthy.precision"][0] == 0.0
 
 
 def test_what_is_not_defined_is_none_and_few_families_have_no_interval():
