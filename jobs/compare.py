@@ -52,14 +52,7 @@ def run(
 
 def print_comparison(found: dict[str, Any]) -> None:
     """Print what `comparison.compare` found: ranks with ties, and each pair's difference."""
-
-    def shown(one: dict[str, Any], sign: str = "") -> str:
-        if one["value"] is None:
-            return "-"
-        between = (
-            "" if one["low"] is None else f" [{one['low']:{sign}.3f}, {one['high']:{sign}.3f}]"
-        )
-        return f"{one['value']:{sign}.3f}{between}"
+    from bt_core.evaluation.intervals import interval_text
 
     print(f"{found['num_scans']} test scans ({found['num_families']} families), none trained on")
     several = sum(model["tied"] for model in found["models"].values()) > 1
@@ -68,15 +61,15 @@ def print_comparison(found: dict[str, Any]) -> None:
     )
     for name, model in ranked:
         mark = "=" if model["tied"] and several else " "
-        missed = shown(model["missed_tumor_rate"])
+        missed = interval_text(model["missed_tumor_rate"])
         print(
-            f"{mark}{model['rank']}  {name}  accuracy {shown(model['accuracy'])}, "
-            f"macro F1 {shown(model['macro_f1'])}, missed tumours {missed}"
+            f"{mark}{model['rank']}  {name}  accuracy {interval_text(model['accuracy'])}, "
+            f"macro F1 {interval_text(model['macro_f1'])}, missed tumours {missed}"
         )
     for pair in found["pairs"]:
         first, second = pair["models"]
         print(
-            f"{first} - {second}: accuracy {shown(pair['difference']['accuracy'], '+')}, "
+            f"{first} - {second}: accuracy {interval_text(pair['difference']['accuracy'], '+')}, "
             f"p {pair['p_value']:.2g}"
         )
     if several:

@@ -259,14 +259,12 @@ def _external(source: str, space: "LabelSpace") -> tuple["pa.Table", "EvaluatedS
 
 
 def _print_summary(figures: dict[str, Any], tested: "EvaluatedScans") -> None:
+    from bt_core.evaluation.intervals import interval_text
+
     clean = figures["clean"]
 
     def shown(name: str) -> str:
-        one = clean["by_scan"][name]
-        if one["value"] is None:
-            return "-"
-        between = "" if one["low"] is None else f" [{one['low']:.3f}, {one['high']:.3f}]"
-        return f"{one['value']:.3f}{between}"
+        return interval_text(clean["by_scan"][name])
 
     print(
         f"{clean['num_scans']} test scans ({clean['num_families']} families) without a copy in "

@@ -57,6 +57,7 @@ class Scorer:
     ) -> None:
         self._ensemble = Ensemble(Bundle(bundle_location), device, num_threads)
         self._schema = score_schema(self._ensemble.info.label_space)
+        self._in_depth = in_depth
         if in_depth:
             numbers = pa.list_(pa.float32())
             self._schema = self._schema.append(pa.field("logits", pa.list_(numbers)))
@@ -70,16 +71,23 @@ class Scorer:
         if len(good):
             pixels = [columns[f"pixels_{i}"][good] for i in range(len(self._ensemble.specs))]
             digests = [str(columns["pixel_sha256"][i]) for i in good]
-            logits_MBK, features_BD = self._ensemble.predictor.logits_and_features(pixels)
-            found = self._ensemble.judge(logits_MBK, digests)
-            depth = zip(logits_MBK.swapaxes(0, 1), features_BD, strict=True)
-            answers = {
-                int(i): {**answer, "logits": list(logits), "features": features}
-                for i, answer, (logits, features) in zip(good, found, depth, strict=True)
-            }
+            answer = self._deep if self._in_depth else self._ensemble.answer
+            found = answer(pixels, digests)
+            answers = {int(i): own for i, own in zip(good, found, strict=True)}
         now = datetime.now(UTC)
         rows = [self._row(columns, i, answers.get(i), now) for i in range(len(columns["scan_id"]))]
         return pa.Table.from_pylist(rows, schema=self._schema)
+
+    def _deep(self, pixels: list[np.ndarray], digests: list[str]) -> list[dict[str, Any]]:
+        """Return answers with their logits and features."""
+        logits_MBK, features_BD = self._ensemble.predictor.logits_and_features(pixels)
+        depth = zip(logits_MBK.swapaxes(0, 1), features_BD, strict=True)
+        return [
+            {**answer, "logits": list(logits_MK), "features": features_D}
+            for answer, (logits_MK, features_D) in zip(
+                self._ensemble.judge(logits_MBK, digests), depth, strict=True
+            )
+        ]
 
     def _row(
         self, columns: dict[str, Any], i: int, answer: dict[str, Any] | None, now: datetime

@@ -20,6 +20,7 @@ def decision_curve(
     positive_N: np.ndarray,
     score_N: np.ndarray,
     family_N: np.ndarray,
+    prevalence: float | None = None,
     num_draws: int = 500,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -29,24 +30,29 @@ def decision_curve(
         positive_N: bool, whether the scan has the disease.
         score_N: its probability.
         family_N: see `intervals.estimate`.
+        prevalence: share of scans with the disease where it will be used; None takes that of these.
         num_draws: of the bootstrap; bands are percentiles.
         seed: of the draws.
 
     Returns:
-        `threshold`, `model`, `low`, `high`, `treat_all` (lists of T); treating none is 0.
+        `threshold`, `model`, `low`, `high`, `treat_all` (lists of T), and the `prevalence` that
+        they are for; treating none is 0.
     """
+    share = float(positive_N.mean())
+    stated = share if prevalence is None else prevalence
+    weight_N = np.where(positive_N, stated / share, (1 - stated) / (1 - share))
     treated_NT = score_N[:, None] >= THRESHOLDS
     odds_T = THRESHOLDS / (1 - THRESHOLDS)
     benefit_NT = treated_NT * np.where(positive_N[:, None], 1.0, -odds_T)
     counts_DF = draw_families(family_N, num_draws, seed)
-    weights_DN = counts_DF[:, family_N]
+    weights_DN = counts_DF[:, family_N] * weight_N
     drawn_DT = weights_DN @ benefit_NT / weights_DN.sum(1, keepdims=True)
     low_T, high_T = np.quantile(drawn_DT, [0.025, 0.975], axis=0)
-    share = positive_N.mean()
     return {
+        "prevalence": stated,
         "threshold": THRESHOLDS.tolist(),
-        "model": benefit_NT.mean(0).tolist(),
+        "model": (weight_N @ benefit_NT / len(weight_N)).tolist(),
         "low": low_T.tolist(),
         "high": high_T.tolist(),
-        "treat_all": (share - (1 - share) * odds_T).tolist(),
+        "treat_all": (stated - (1 - stated) * odds_T).tolist(),
     }

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bt_core.evaluation.intervals import interval_text
 from bt_core.evaluation.predictions import EvaluatedScans
 from bt_core.models.bundle import BundleInfo
 
@@ -98,18 +99,13 @@ def _data_points(
 
 
 def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point]:
-    by_scan, sets = figures["clean"]["by_scan"], figures["prediction_sets"]
+    clean = figures["clean"]
+    by_scan, sets = clean["by_scan"], clean["prediction_sets"]
     worst, robust = figures["slices"]["worst"], figures.get("robustness")
     maps = figures.get("explanations")
 
     def shown(name: str) -> str:
-        one = by_scan[name]
-        if one["value"] is None:
-            return "not defined"
-        known = one["low"] is not None
-        return f"{one['value']:.3f}" + (
-            f" ({one['low']:.3f} to {one['high']:.3f})" if known else ""
-        )
+        return interval_text(by_scan[name])
 
     deep = "it was not measured; leave out --no-depth"
     return [
@@ -125,13 +121,13 @@ def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point
         Point(
             "Calibration",
             f"Log loss {shown('log_loss')}, Brier score {shown('brier')}, expected calibration "
-            f"error {figures['calibration']['ece']:.3f}, and "
-            f"{figures['calibration_before']['ece']:.3f} before temperatures, which were fitted on "
+            f"error {clean['calibration']['ece']:.3f}, and "
+            f"{clean['calibration_before']['ece']:.3f} before temperatures, which were fitted on "
             "validation scans.",
         ),
         Point(
             "Decision curves",
-            f"For {', '.join(n.replace('_', ' ') for n in figures['decision_curves'])}, against "
+            f"For {', '.join(n.replace('_', ' ') for n in clean['decision_curves'])}, against "
             "treating all and none, with bands by family.",
         ),
         Point(
@@ -142,9 +138,9 @@ def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point
         ),
         Point(
             "Uncertainty",
-            f"Prediction sets hold the true class in {sets['coverage']:.3f} of scans with "
-            f"{sets['mean_size']:.2f} classes on mean, and are counted for each class; a curve of "
-            "risk over coverage.",
+            f"Conformal sets hold the true class in {interval_text(sets['coverage']['by_family'])} "
+            f"by family, with {sets['mean_size']:.2f} classes on mean, and are counted for each "
+            "class; a curve of risk over coverage.",
         ),
         Point(
             "Subgroups",

@@ -8,21 +8,23 @@ asks. Holm's method corrects over all pairs.
 Shape suffixes: N scans, K classes, F families, D draws or exchanges.
 """
 
+import math
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, Final
 
 import numpy as np
+from scipy.stats import t as student
 
 from bt_core.errors import UsageError
-from bt_core.evaluation.intervals import draw_families, estimate
+from bt_core.evaluation.intervals import DEFINED, FEWEST, LEVEL, draw_families, estimate
 from bt_core.evaluation.metrics import figures_of
 from bt_core.evaluation.predictions import Scans
 from bt_core.labels import LabelSpace
 from bt_core.training.noise import ALPHA, holm, metric_of
 
 COMPARED: Final = ("accuracy", "macro_f1", "macro_auc", "log_loss", "missed_tumor_rate")
-_NUM_EXCHANGES: Final = 9_999
+_NUM_PERMUTATIONS: Final = 9_999
 _NUM_DRAWS: Final = 1_000
 _AT_ONCE: Final = 500
 
@@ -53,15 +55,15 @@ def compare(models: Mapping[str, Scans], space: LabelSpace) -> dict[str, Any]:
     }
     p_MM = np.ones((len(names), len(names)))
     for i, j in combinations(range(len(names)), 2):
-        p_MM[i, j] = p_MM[j, i] = exchange_p_value(aligned[names[i]], aligned[names[j]])
+        p_MM[i, j] = p_MM[j, i] = permutation_p_value(aligned[names[i]], aligned[names[j]])
     p_MM = holm(p_MM)
     draws = {name: _draws(scans, space) for name, scans in aligned.items()}
     accuracy_M = np.array([scans.right_N.mean() for scans in aligned.values()])
     better_MM = (accuracy_M[:, None] > accuracy_M[None]) & (p_MM < ALPHA)
-    leader = int(accuracy_M.argmax())
+    leader, num_families = int(accuracy_M.argmax()), int(first.family_N.max()) + 1
     return {
         "num_scans": len(first),
-        "num_families": int(first.family_N.max()) + 1,
+        "num_families": num_families,
         "models": {
             name: {
                 "rank": int(better_MM[:, i].sum()) + 1,
@@ -74,14 +76,14 @@ def compare(models: Mapping[str, Scans], space: LabelSpace) -> dict[str, Any]:
             {
                 "models": [names[i], names[j]],
                 "p_value": float(p_MM[i, j]),
-                "difference": _differences(draws[names[i]], draws[names[j]]),
+                "difference": _differences(draws[names[i]], draws[names[j]], num_families),
             }
             for i, j in combinations(range(len(names)), 2)
         ],
     }
 
 
-def exchange_p_value(
+def permutation_p_value(
     one: Scans, other: Scans, metric: str = "val_accuracy", seed: int = 0
 ) -> float:
     """Return the two-sided p value of a difference, by exchanging answers on whole families.
@@ -104,11 +106,11 @@ def exchange_p_value(
 
     observed = abs(float(difference(np.ones((1, len(half_FKK))))[0]))
     generator, extreme = np.random.default_rng(seed), 0
-    for start in range(0, _NUM_EXCHANGES, _AT_ONCE):
-        num = min(_AT_ONCE, _NUM_EXCHANGES - start)
+    for start in range(0, _NUM_PERMUTATIONS, _AT_ONCE):
+        num = min(_AT_ONCE, _NUM_PERMUTATIONS - start)
         signs_DF = generator.choice([-1.0, 1.0], size=(num, len(half_FKK)))
         extreme += int((np.abs(difference(signs_DF)) >= observed - 1e-12).sum())
-    return (extreme + 1) / (_NUM_EXCHANGES + 1)
+    return (extreme + 1) / (_NUM_PERMUTATIONS + 1)
 
 
 def _halves(one: Scans, other: Scans) -> tuple[np.ndarray, np.ndarray]:
@@ -143,17 +145,25 @@ def _draws(scans: Scans, space: LabelSpace) -> dict[str, np.ndarray]:
 
 
 def _differences(
-    one: dict[str, np.ndarray], other: dict[str, np.ndarray]
+    one: dict[str, np.ndarray], other: dict[str, np.ndarray], num_families: int
 ) -> dict[str, dict[str, float | None]]:
-    found: dict[str, dict[str, float | None]] = {}
+    """Return each figure's difference with an interval of Student's t from the paired draws.
+
+    Without a draw in which the models differ, or with few families, there is no interval: nothing
+    seen is no proof that there is nothing.
+    """
+    found = {}
     for name in COMPARED:
         value, *drawn = one[name] - other[name]
-        defined = np.array(drawn)[~np.isnan(drawn)]
-        low, high = np.quantile(defined, [0.025, 0.975]) if len(defined) else (np.nan, np.nan)
-        found[name] = {
-            key: None if np.isnan(number) else float(number)
-            for key, number in (("value", value), ("low", low), ("high", high))
-        }
+        drawn_D = np.array(drawn)
+        defined = drawn_D[~np.isnan(drawn_D)]
+        low = high = None
+        sure = len(defined) >= DEFINED * len(drawn_D) and num_families >= FEWEST
+        if sure and not np.isnan(value) and defined.std() > 0:
+            scale = math.sqrt(num_families / (num_families - 1))
+            half = float(student.ppf((1 + LEVEL) / 2, num_families - 1) * defined.std() * scale)
+            low, high = float(value) - half, float(value) + half
+        found[name] = {"value": None if np.isnan(value) else float(value), "low": low, "high": high}
     return found
 
 

@@ -1,8 +1,11 @@
 """What is gained by handing the unsure scans to a person. Shape suffixes: N scans, K classes."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
+
+from bt_core.evaluation.intervals import share_of
 
 COVERAGES: Final = (0.8, 0.9, 0.95, 1.0)
 
@@ -35,13 +38,14 @@ def risk_coverage(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, An
 
 
 def set_figures(
-    labels_N: np.ndarray, sets_NK: np.ndarray, names: tuple[str, ...]
+    labels_N: np.ndarray, sets_NK: np.ndarray, family_N: np.ndarray, names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return how often prediction sets hold the true class, and how large they are.
+    """Return how often conformal prediction sets hold the true class, and how large they are.
 
     Returns:
-        `coverage`, `mean_size`, `single` (share of sets of one class), and for each class
-        `coverage`, `mean_size` and `num` over its scans; None without any.
+        `coverage` (see `intervals.share_of`), `mean_size`, `single` (share of sets of one class);
+        and in `per_class` for the scans of each class `num`, `coverage` and `mean_size` (None
+        without any).
     """
     held_N, size_N = sets_NK[np.arange(len(labels_N)), labels_N], sets_NK.sum(1)
 
@@ -49,7 +53,7 @@ def set_figures(
         num = int(chosen_N.sum())
         return {
             "num": num,
-            "coverage": float(held_N[chosen_N].mean()) if num else None,
+            "coverage": share_of(held_N[chosen_N], family_N[chosen_N]),
             "mean_size": float(size_N[chosen_N].mean()) if num else None,
         }
 
@@ -60,7 +64,7 @@ def set_figures(
     }
 
 
-def clearance(
+def rule_out(
     ill_N: np.ndarray, healthy_prob_N: np.ndarray, family_N: np.ndarray, above: float
 ) -> dict[str, Any]:
     """Return what comes of calling scans free of a tumour above a probability of none.
@@ -72,19 +76,12 @@ def clearance(
         above: the threshold, chosen on validation scans.
 
     Returns:
-        `above`; `missed`: share of tumours that are called free of one, and `missed_by_family` with
-        each family counting once; `cleared`: share of the other scans. None without such scans.
+        `above`; `missed`: share of tumours that are called free of one; `cleared`: share of the
+        other scans (see `intervals.share_of`).
     """
     passed_N = healthy_prob_N > above
-    weight_N = 1 / np.bincount(family_N)[family_N]
-
-    def share(chosen_N: np.ndarray, weights_N: np.ndarray) -> float | None:
-        total = float(weights_N[chosen_N].sum())
-        return float(weights_N[chosen_N & passed_N].sum()) / total if total else None
-
     return {
         "above": above,
-        "missed": share(ill_N, np.ones(len(ill_N))),
-        "missed_by_family": share(ill_N, weight_N),
-        "cleared": share(~ill_N, np.ones(len(ill_N))),
+        "missed": share_of(passed_N[ill_N], family_N[ill_N]),
+        "cleared": share_of(passed_N[~ill_N], family_N[~ill_N]),
     }

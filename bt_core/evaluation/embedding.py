@@ -12,24 +12,26 @@ _MOST: Final = 2_000
 """Scans that are mapped, by chance if there are more."""
 _PERPLEXITY: Final = 30.0
 _FEWEST: Final = 10
+"""Different scans below which there is no map."""
 
 
 def with_embedding(predictions: pa.Table, seed: int = 0) -> pa.Table:
     """Return a predictions table with `tsne_x` and `tsne_y` in place of `features`.
 
-    Scans without features, and those over the number that is mapped, have none.
+    Scans without features, and those over the number that is mapped, have none; nor has any where
+    features are not finite or all but equal, which makes no map.
     """
-    rows = [i for i, f in enumerate(predictions["features"].to_pylist()) if f is not None]
+    rows = np.flatnonzero(predictions["features"].is_valid().to_numpy())
     chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:_MOST])
-    places: list[list[float] | None] = [None] * predictions.num_rows
-    if len(chosen) >= _FEWEST:
-        features_ND = np.array(predictions["features"].take(pa.array(chosen)).to_pylist())
-        for i, place in zip(chosen, embed(features_ND, seed), strict=True):
-            places[i] = place.tolist()
+    places_N2 = np.full((predictions.num_rows, 2), np.nan)
+    if len(chosen):
+        lists = predictions["features"].take(pa.array(chosen)).combine_chunks()
+        features_ND = lists.flatten().to_numpy().reshape(len(chosen), -1)
+        if np.isfinite(features_ND).all() and len(np.unique(features_ND, axis=0)) >= _FEWEST:
+            places_N2[chosen] = embed(features_ND, seed)
     table = predictions.drop_columns(["features"])
-    for axis, name in enumerate(COLUMNS):
-        values = [None if place is None else place[axis] for place in places]
-        table = table.append_column(name, pa.array(values, pa.float64()))
+    for name, place_N in zip(COLUMNS, places_N2.T, strict=True):
+        table = table.append_column(name, pa.array(place_N, pa.float64(), from_pandas=True))
     return table
 
 

@@ -15,10 +15,10 @@ Shape suffixes: N scans, K classes, F families, D draws.
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from scipy.stats import t as student
@@ -34,12 +34,12 @@ _LOSSES: Final = ("log_loss", "brier")
 """Figures without an upper bound, and Brier's: positive, and skewed like them."""
 _AT_ONCE: Final = 100
 """Draws whose weights are in memory together."""
-_DEFINED: Final = 0.95
+DEFINED: Final = 0.95
 """Share of draws that must define a figure for it to have an interval."""
 
 _PRIOR: Final = 10.0
 """Families in error that the assumption of wholly alike families weighs as much as."""
-_FEWEST: Final = 5
+FEWEST: Final = 5
 """Families below which no interval is given."""
 
 
@@ -64,6 +64,42 @@ class Estimate(StrictModel):
     value: float | None
     low: float | None
     high: float | None
+
+
+def interval_text(one: Mapping[str, float | None], sign: str = "") -> str:
+    """Return an estimate, as a mapping, for people: `0.961 [0.939, 0.975]`, or a dash."""
+    value, low, high = one["value"], one["low"], one["high"]
+    if value is None:
+        return "-"
+    if low is None or high is None:
+        return f"{value:{sign}.3f}"
+    return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def share_of(
+    hit_N: np.ndarray, family_N: np.ndarray, num_draws: int = NUM_DRAWS, seed: int = 0
+) -> dict[str, Any]:
+    """Return `by_scan` and `by_family`: the estimates, as mappings, of a share of scans.
+
+    Args:
+        hit_N: bool.
+        family_N: families, any numbers.
+        num_draws: D.
+        seed: of the draws.
+    """
+    if not len(hit_N):
+        nothing = Estimate(value=None, low=None, high=None).model_dump()
+        return {"by_scan": nothing, "by_family": nothing}
+    code_N, size_F = np.unique(family_N, return_inverse=True, return_counts=True)[1:]
+    counts_DF = draw_families(code_N, num_draws, seed)
+    found = {}
+    for unit, weight_N in (("by_scan", np.ones(len(hit_N))), ("by_family", 1 / size_F[code_N])):
+        hits_F = np.bincount(code_N, weights=weight_N * hit_N)
+        total_F = np.bincount(code_N, weights=weight_N)
+        draws_D = (counts_DF @ hits_F) / (counts_DF @ total_F)
+        value = float(hits_F.sum() / total_F.sum())
+        found[unit] = _estimate("share", value, draws_D, _base(weight_N, code_N)).model_dump()
+    return found
 
 
 def family_codes(family_N: Sequence[str]) -> np.ndarray:
@@ -178,7 +214,7 @@ def _estimate(name: str, value: float, draws_D: np.ndarray, base: _Base) -> Esti
     """Return a figure's estimate from its value on all scans and in the bootstrap's draws."""
     bare = Estimate(value=None if np.isnan(value) else value, low=None, high=None)
     defined = draws_D[~np.isnan(draws_D)]
-    few = len(defined) < _DEFINED * len(draws_D) or base.num_families < _FEWEST
+    few = len(defined) < DEFINED * len(draws_D) or base.num_families < FEWEST
     if np.isnan(value) or few:
         return bare
     z = float(student.ppf((1 + LEVEL) / 2, base.num_families - 1))

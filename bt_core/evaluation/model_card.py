@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from bt_core.evaluation.intervals import interval_text
 from bt_core.models.bundle import BundleInfo
 
 _CARD = """\
@@ -89,14 +90,7 @@ def _tested(figures: Mapping[str, Any]) -> str:
         "|---|---|---|",
     ]
     for key, title in _TESTED:
-        cells = (_shown(clean[unit][key]) for unit in ("by_scan", "by_family"))
+        cells = (interval_text(clean[unit][key]) for unit in ("by_scan", "by_family"))
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines.append("\nIn brackets 95 % intervals: whole families are drawn with replacement.\n")
     return "\n".join(lines)
-
-
-def _shown(one: Mapping[str, float | None]) -> str:
-    if one["value"] is None:
-        return "not defined"
-    between = "" if one["low"] is None else f" [{one['low']:.3f}, {one['high']:.3f}]"
-    return f"{one['value']:.3f}{between}"

@@ -12,7 +12,7 @@
     *.png                 the report's pictures
 """
 
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
@@ -24,9 +24,20 @@ from bt_core.evaluation import plots
 from bt_core.evaluation.checklist import checklist
 from bt_core.evaluation.model_card import model_card
 from bt_core.evaluation.predictions import EvaluatedScans, Scans
+from bt_core.evaluation.report import SCHEMA_VERSION
 from bt_core.evaluation.reported import REPORTED
 from bt_core.evaluation.sheets import KINDS, chosen_scans, map_figures, sheets
 from bt_core.models.bundle import BundleInfo
+
+_FILES: Final = frozenset(
+    {"metrics.json", "inputs.json", "report.html", "checklist.html", "MODEL_CARD.md",
+     "predictions.parquet", "explanations.parquet"}
+)  # fmt: skip
+_PICTURES: Final = frozenset(
+    {"confusion", "classes", "curves", "calibration", "deferral", "decision", "robustness",
+     "embedding", "training", "sheet"}
+)  # fmt: skip
+"""First words of the names of pictures."""
 
 
 def write_report(
@@ -91,6 +102,14 @@ def write_report(
     storage.write_json(storage.join(location, "metrics.json"), {**figures, **provenance})
 
 
+def clear_report(location: str) -> None:
+    """Remove what an earlier report left, so that nothing of it is taken for the next one's."""
+    for name in storage.list_files(location):
+        own = name.endswith(".png") and name.removesuffix(".png").split("_")[0] in _PICTURES
+        if name in _FILES or own:
+            storage.remove_file(storage.join(location, name))
+
+
 def read_report(
     location: str,
 ) -> tuple[pa.Table, pa.Table | None, dict[str, Any], BundleInfo, EvaluatedScans]:
@@ -101,6 +120,11 @@ def read_report(
     """
     try:
         figures = storage.read_json(storage.join(location, "metrics.json"))
+        if figures.get("schema_version") != SCHEMA_VERSION:
+            raise UsageError(
+                f"{location} was written by another version of bt (schema "
+                f"{figures.get('schema_version')}, not {SCHEMA_VERSION}); give bt evaluate again"
+            )
         inputs = storage.read_json(storage.join(location, "inputs.json"))
         predictions = storage.read_table(storage.join(location, "predictions.parquet"))
     except FileNotFoundError as error:
@@ -125,7 +149,7 @@ def _pictures(
     scans = Scans.of(predictions, space)
     clean = scans.where(scans.clean_N)
     pictures = plots.report_pictures(figures, clean, space)
-    pictures |= plots.embedding_pictures(predictions, space)
+    pictures |= plots.embedding_pictures(predictions, clean, space)
     for name, member in bundle.provenance.get("members", {}).items():
         if member.get("history"):
             pictures[f"training_{name}"] = plots.training_curves_png(member["history"])

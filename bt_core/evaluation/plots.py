@@ -25,9 +25,9 @@ def report_pictures(figures: dict[str, Any], clean: Scans, space: LabelSpace) ->
         "confusion_matrix": confusion_matrix_png(figures["clean"]["confusion_matrix"], space.names),
         "classes": _classes_png(figures["clean"]["by_scan"], space),
         "curves": _curves_png(clean, space),
-        "calibration": _calibration_png(figures, clean),
-        "deferral": _deferral_png(figures["deferral"]),
-        "decision_curves": _decision_curves_png(figures["decision_curves"]),
+        "calibration": _calibration_png(figures["clean"], clean),
+        "deferral": _deferral_png(figures["clean"]["deferral"]),
+        "decision_curves": _decision_curves_png(figures["clean"]["decision_curves"]),
     }
 
 
@@ -148,7 +148,7 @@ def _decision_curves_png(curves: dict[str, Any]) -> bytes:
         axes.axhline(0, color="grey", linestyle=":", label="treat none")
         top = max(*curve["model"], 0.05)
         axes.set_ylim(-0.15 * top, 1.1 * top)
-        axes.set_title(_readable(question), fontsize=10)
+        axes.set_title(f"{_readable(question)}, at {curve['prevalence']:.1%} of scans", fontsize=9)
         _label(axes, "threshold probability", "net benefit")
     return figure_png(figure)
 
@@ -181,9 +181,10 @@ def _robustness_png(curves: dict[str, Any]) -> bytes:
     return figure_png(figure)
 
 
-def embedding_pictures(predictions: pa.Table, space: LabelSpace) -> dict[str, bytes]:
-    """Return the picture `embedding` of scans that have a place, or nothing."""
-    table = predictions.filter(pc.is_valid(predictions["tsne_x"]))
+def embedding_pictures(predictions: pa.Table, clean: Scans, space: LabelSpace) -> dict[str, bytes]:
+    """Return the picture `embedding` of the clean scans that have a place, or nothing."""
+    own = pc.is_in(predictions["scan_id"], pa.array(clean.scan_id.tolist()))
+    table = predictions.filter(pc.and_(own, pc.is_valid(predictions["tsne_x"])))
     if not table.num_rows:
         return {}
     figure = Figure(figsize=(6, 5), layout="constrained")

@@ -11,7 +11,7 @@ from scipy.special import softmax
 from bt_core.ensemble.calibration import combine
 from bt_core.evaluation.benefit import decision_curve
 from bt_core.evaluation.comparison import compare
-from bt_core.evaluation.deferral import clearance, risk_coverage, set_figures
+from bt_core.evaluation.deferral import risk_coverage, rule_out, set_figures
 from bt_core.evaluation.intervals import estimate
 from bt_core.evaluation.metrics import confusion_matrix
 from bt_core.evaluation.predictions import Scans
@@ -38,10 +38,11 @@ def evaluate(
         `clean`: figures on the scans of which neither they nor one of their family (or patient) was
         trained on, the headline; `all`: figures on all answered scans; `answered`: on the clean
         ones without those deferred. Each has num_scans, num_families, confusion_matrix, and
-        `by_scan` and `by_family` (see `intervals.estimate`), and is None without scans. On the
-        clean scans also `calibration` (and `calibration_before`, with all temperatures 1),
-        `members` (against their ensemble; None for one), `deferral`, `prediction_sets`,
-        `clearance`, `decision_curves` and `slices`. `flow`: counts by status and reason.
+        `by_scan` and `by_family` (see `intervals.estimate`), and is None without scans. `clean` and
+        `all` also have `calibration` (and `calibration_before`, with all temperatures 1),
+        `deferral`, `prediction_sets`, `rule_out` and `decision_curves`. `members` (against their
+        ensemble; None for one) and `slices` are of the clean scans. `flow`: counts by status and
+        reason.
 
     Raises:
         RunError: if no scan could be read.
@@ -54,61 +55,71 @@ def evaluate(
     reasons = Counter(
         f"{s}: {reason}" if reason else s for s, reason in zip(*statuses, strict=True)
     )
-    found: dict[str, Any] = {
+    figures = {name: _figures(part, bundle, prevalence) for name, part in subsets.items()}
+    return {
         "schema_version": SCHEMA_VERSION,
         "task": space.task,
         "classes": list(space.names),
         "prevalence": prevalence,
         "flow": {"num_scans": predictions.num_rows, "by_status": dict(sorted(reasons.items()))},
         "num_seen_in_training": len(scans) - len(clean),
+        **figures,
+        "members": _members(clean, bundle) if len(clean) else None,
+        "slices": slice_figures(clean, space) if len(clean) else None,
         "robustness": None,
-        **{name: _figures(part, space, prevalence) for name, part in subsets.items()},
     }
-    return found if not len(clean) else found | _in_depth(clean, bundle)
 
 
 def _figures(
-    scans: Scans, space: LabelSpace, prevalence: dict[str, float] | None
+    scans: Scans, bundle: BundleInfo, prevalence: dict[str, float] | None
 ) -> dict[str, Any] | None:
     if not len(scans):
         return None
+    space = bundle.label_space
     shares_K = None if prevalence is None else np.array([prevalence[n] for n in space.names])
     estimates = estimate(
         scans.labels_N, scans.probs_NK, scans.family_N, space.names, space.healthy, shares_K
     )
+    counts = np.bincount(scans.labels_N, minlength=space.num_classes).tolist()
+    healthy_prob_N = scans.probs_NK[:, space.healthy]
     return {
         "num_scans": len(scans),
         "num_families": int(scans.family_N.max()) + 1,
-        "counts": dict(zip(space.names, _counts(scans, space), strict=True)),
+        "counts": dict(zip(space.names, counts, strict=True)),
         "confusion_matrix": confusion_matrix(scans.labels_N, scans.probs_NK).tolist(),
         **{
             unit: {name: one.model_dump() for name, one in figures.items()}
             for unit, figures in estimates.items()
         },
+        "calibration": calibration_figures(scans.labels_N, scans.probs_NK),
+        "calibration_before": calibration_figures(scans.labels_N, _untempered(scans, bundle)),
+        "deferral": risk_coverage(scans.confidence_N, scans.right_N),
+        "prediction_sets": set_figures(scans.labels_N, scans.sets_NK, scans.family_N, space.names),
+        "rule_out": rule_out(
+            scans.labels_N != space.healthy,
+            healthy_prob_N,
+            scans.family_N,
+            bundle.review.healthy_above,
+        ),
+        "decision_curves": _decision_curves(scans, space, prevalence),
     }
 
 
-def _counts(scans: Scans, space: LabelSpace) -> list[int]:
-    return [int(n) for n in np.bincount(scans.labels_N, minlength=space.num_classes)]
-
-
-def _in_depth(scans: Scans, bundle: BundleInfo) -> dict[str, Any]:
-    space = bundle.label_space
-    ill_N, healthy_prob_N = scans.labels_N != space.healthy, scans.probs_NK[:, space.healthy]
-    curves = {"any tumour": decision_curve(ill_N, 1 - healthy_prob_N, scans.family_N)}
-    for k, name in enumerate(space.names):
-        if k != space.healthy and space.num_classes > 2:
-            own_N = scans.labels_N == k
-            curves[name] = decision_curve(own_N, scans.probs_NK[:, k], scans.family_N)
+def _decision_curves(
+    scans: Scans, space: LabelSpace, prevalence: dict[str, float] | None
+) -> dict[str, Any]:
+    """Return the curve of any tumour against none, and of each type against the rest."""
+    types = [k for k in range(space.num_classes) if k != space.healthy]
+    questions = {"any tumour": types} | {space.names[k]: [k] for k in types if len(types) > 1}
     return {
-        "calibration": calibration_figures(scans.labels_N, scans.probs_NK),
-        "calibration_before": calibration_figures(scans.labels_N, _untempered(scans, bundle)),
-        "members": _members(scans, bundle),
-        "deferral": risk_coverage(scans.confidence_N, scans.right_N),
-        "prediction_sets": set_figures(scans.labels_N, scans.sets_NK, space.names),
-        "clearance": clearance(ill_N, healthy_prob_N, scans.family_N, bundle.review.healthy_above),
-        "decision_curves": curves,
-        "slices": slice_figures(scans, space),
+        question: decision_curve(
+            np.isin(scans.labels_N, own),
+            scans.probs_NK[:, own].sum(1),
+            scans.family_N,
+            None if prevalence is None else sum(prevalence[space.names[k]] for k in own),
+        )
+        for question, own in questions.items()
+        if np.isin(scans.labels_N, own).any() and not np.isin(scans.labels_N, own).all()
     }
 
 

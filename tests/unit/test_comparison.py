@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binomtest
 
 from bt_core.errors import UsageError
-from bt_core.evaluation.comparison import compare, exchange_p_value
+from bt_core.evaluation.comparison import compare, permutation_p_value
 from bt_core.evaluation.gate import Requirement
 from bt_core.evaluation.predictions import Scans
 from bt_core.labels import LABEL_SPACES
@@ -47,21 +47,21 @@ def test_with_single_scans_it_is_mcnemars_exact_test():
         (other.right_N & ~one.right_N).sum(),
     )
     expected = binomtest(int(only_one), int(only_one + only_other)).pvalue
-    assert exchange_p_value(one, other) == pytest.approx(expected, abs=0.01)
-    assert exchange_p_value(one, one) == 1.0
+    assert permutation_p_value(one, other) == pytest.approx(expected, abs=0.01)
+    assert permutation_p_value(one, one) == 1.0
 
 
 def test_equal_models_are_called_different_no_more_often_than_said_though_errors_go_by_family():
     generator = np.random.default_rng(1)
     pairs = [two_models(generator, num_families=40) for _ in range(80)]
-    called = sum(exchange_p_value(one, other) < 0.05 for one, other in pairs)
+    called = sum(permutation_p_value(one, other) < 0.05 for one, other in pairs)
     assert called <= 10, "of 80, 4 expected; 3 sigma are 6"
 
 
 @pytest.mark.parametrize("metric", ["val_accuracy", "val_macro_f1"])
 def test_a_worse_model_is_told_apart(metric):
     one, other = two_models(np.random.default_rng(2), 150, first=0.97, second=0.8)
-    assert exchange_p_value(one, other, metric) < 0.01
+    assert permutation_p_value(one, other, metric) < 0.01
 
 
 def test_ties_and_ranks_and_differences():
@@ -78,6 +78,16 @@ def test_ties_and_ranks_and_differences():
     assert gain["value"] == pytest.approx(best.right_N.mean() - worse.right_N.mean())
     assert 0 < gain["low"] < gain["value"] < gain["high"]
     assert (found["num_scans"], found["num_families"]) == (600, 150)
+
+
+def test_few_families_and_models_that_never_differ_have_no_interval():
+    one, other = two_models(np.random.default_rng(5), num_families=4, first=1.0, second=0.5)
+    few = compare({"one": one, "other": other}, SPACE)["pairs"][0]
+    assert few["difference"]["accuracy"]["low"] is None
+    many, _ = two_models(np.random.default_rng(6), num_families=50)
+    same = compare({"one": many, "other": many}, SPACE)["pairs"][0]
+    assert same["difference"]["accuracy"] == {"value": 0.0, "low": None, "high": None}
+    assert same["p_value"] == 1.0
 
 
 def test_only_scans_that_no_model_was_trained_on_are_compared():

@@ -7,7 +7,8 @@ from sklearn.calibration import calibration_curve
 
 from bt_core.errors import RunError
 from bt_core.evaluation.benefit import THRESHOLDS, decision_curve
-from bt_core.evaluation.deferral import clearance, risk_coverage, set_figures
+from bt_core.evaluation.deferral import risk_coverage, rule_out, set_figures
+from bt_core.evaluation.intervals import estimate, share_of
 from bt_core.evaluation.predictions import SLICE_COLUMNS, Scans, join_truth
 from bt_core.evaluation.reliability import (
     calibration_figures,
@@ -108,7 +109,8 @@ def test_a_bundle_that_was_trained_on_every_scan_has_no_clean_figures():
     scores, truth = tables(copy_in_training=[True] * 120)
     found = evaluate(join_truth(scores, truth), BUNDLE)
     assert found["clean"] is None
-    assert "calibration" not in found
+    assert found["slices"] is None
+    assert found["all"]["calibration"]["ece"] > 0
 
 
 @pytest.mark.parametrize(("equal", "strategy"), [("width", "uniform"), ("mass", "quantile")])
@@ -144,7 +146,9 @@ def test_calibration_before_any_temperature_and_members_against_their_ensemble()
     found = evaluate(joined, BUNDLE)
     assert found["members"] is None
     for name in ("ece", "ece_equal_mass", "class_wise_ece"):  # the logits are those answered
-        assert found["calibration_before"][name] == pytest.approx(found["calibration"][name])
+        assert found["clean"]["calibration_before"][name] == pytest.approx(
+            found["clean"]["calibration"][name]
+        )
     good = np.array(joined["logits"].to_pylist())[:, 0]
     bad = np.roll(good, 1, axis=1)
     both = np.stack([good, bad], axis=1).tolist()
@@ -156,7 +160,7 @@ def test_calibration_before_any_temperature_and_members_against_their_ensemble()
     assert list(models) == ["ensemble", "good", "bad"]
     assert models["good"]["accuracy"]["value"] == models["ensemble"]["accuracy"]["value"]
     assert models["bad"]["rank"] == 3
-    assert found["calibration_before"]["ece"] != found["calibration"]["ece"]
+    assert found["clean"]["calibration_before"]["ece"] != found["clean"]["calibration"]["ece"]
 
 
 def test_the_surest_scans_are_answered_first_and_ties_together():
@@ -172,22 +176,34 @@ def test_the_surest_scans_are_answered_first_and_ties_together():
 def test_prediction_sets_are_counted_over_all_scans_and_each_class():
     labels = np.array([0, 0, 1])
     sets = np.array([[True, False, False], [False, True, True], [True, True, True]])
-    found = set_figures(labels, sets, ("a", "b", "c"))
-    assert (found["coverage"], found["mean_size"], found["single"]) == pytest.approx(
-        (2 / 3, 2, 1 / 3)
-    )
-    assert found["per_class"]["a"] == {"num": 2, "coverage": 0.5, "mean_size": 1.5}
-    assert found["per_class"]["c"] == {"num": 0, "coverage": None, "mean_size": None}
+    found = set_figures(labels, sets, np.array([0, 1, 1]), ("a", "b", "c"))
+    assert (found["mean_size"], found["single"]) == pytest.approx((2, 1 / 3))
+    assert found["coverage"]["by_scan"]["value"] == pytest.approx(2 / 3)
+    assert found["coverage"]["by_family"]["value"] == pytest.approx(3 / 4)
+    first, last = found["per_class"]["a"], found["per_class"]["c"]
+    assert (first["num"], first["coverage"]["by_scan"]["value"]) == (2, 0.5)
+    assert (last["num"], last["coverage"]["by_scan"]["value"], last["mean_size"]) == (0, None, None)
 
 
-def test_clearance_counts_scans_and_families():
+def test_ruling_out_counts_scans_and_families():
     ill = np.array([True, True, True, False, False])
-    found = clearance(ill, np.array([0.9, 0.1, 0.2, 0.95, 0.5]), np.array([0, 1, 1, 2, 2]), 0.8)
-    assert found["missed"] == pytest.approx(1 / 3)
-    assert found["missed_by_family"] == pytest.approx(1 / 2)
-    assert found["cleared"] == pytest.approx(1 / 2)
-    none = clearance(ill[:3], np.ones(3), np.arange(3), 1.0)
-    assert (none["missed"], none["cleared"]) == (0.0, None)
+    found = rule_out(ill, np.array([0.9, 0.1, 0.2, 0.95, 0.5]), np.array([0, 1, 1, 2, 2]), 0.8)
+    assert found["missed"]["by_scan"]["value"] == pytest.approx(1 / 3)
+    assert found["missed"]["by_family"]["value"] == pytest.approx(1 / 2)
+    assert found["cleared"]["by_scan"]["value"] == pytest.approx(1 / 2)
+    none = rule_out(ill[:3], np.ones(3), np.arange(3), 1.0)
+    assert none["missed"]["by_scan"]["value"] == 0.0
+    assert none["cleared"]["by_scan"]["value"] is None
+
+
+def test_a_share_has_the_interval_of_the_figure_that_is_the_same_share():
+    generator = np.random.default_rng(0)
+    labels, family = generator.integers(4, size=300), np.arange(300) // 3
+    probs = generator.dirichlet(np.ones(4), size=300)
+    figures = estimate(labels, probs, family, SPACE.names, SPACE.healthy)
+    found = share_of(probs.argmax(1) == labels, family + 7)
+    for unit in ("by_scan", "by_family"):
+        assert found[unit] == pytest.approx(figures[unit]["accuracy"].model_dump())
 
 
 def test_net_benefit_is_that_of_the_formula():
@@ -200,6 +216,9 @@ def test_net_benefit_is_that_of_the_formula():
     low = int(np.flatnonzero(THRESHOLDS == 0.3)[0])
     assert found["model"][low] == pytest.approx((2 - 1 * 0.3 / 0.7) / 5)
     assert all(a <= b for a, b in zip(found["low"], found["high"], strict=True))
+    rare = decision_curve(positive, score, np.arange(5), prevalence=0.1, num_draws=50)
+    assert rare["model"][low] == pytest.approx(0.1 - 0.9 / 3 * 0.3 / 0.7)
+    assert rare["treat_all"][at] == pytest.approx(0.1 - 0.9)
 
 
 def test_the_worst_slice_is_named():

@@ -162,5 +162,10 @@ def test_features_of_groups_lie_apart_and_what_has_none_has_no_place():
     found = with_embedding(pa.table({"features": pa.array(values)}))
     assert found.column_names == ["tsne_x", "tsne_y"]
     assert found["tsne_x"].null_count == 1
+    alike = with_embedding(pa.table({"features": pa.array([[1.0, 2.0]] * 30)}))
+    broken = with_embedding(
+        pa.table({"features": pa.array([[float("nan"), i] for i in range(30)])})
+    )
+    assert alike["tsne_x"].null_count == broken["tsne_x"].null_count == 30
     few = with_embedding(pa.table({"features": pa.array(values[:4])}))
     assert few["tsne_x"].null_count == 4
