@@ -17,16 +17,18 @@ from jobs.command import (
     RequireOption,
     all_met,
     class_shares,
+    output_folder,
 )
 from jobs.compare import print_comparison
 from jobs.ensemble import build
 from jobs.explain import work_on
-from jobs.score import score_refs
+from jobs.score import clear_scores, score_refs
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from bt_core.evaluation.predictions import EvaluatedScans, Scans
+    from bt_core.evaluation.evaluated import EvaluatedScans
+    from bt_core.evaluation.predictions import Scans
     from bt_core.labels import LabelSpace
     from bt_core.models.bundle import Bundle
 
@@ -48,6 +50,15 @@ def run(
     out: OutOption = "report",
     device: DeviceOption = "auto",
     prevalence: PrevalenceOption = None,
+    trained_on: Annotated[
+        str | None,
+        typer.Option(
+            "--trained-on",
+            metavar="DIR",
+            help="For external validation: the dataset that the models were trained with, to find "
+            "mirrored, turned and re-encoded copies of its scans.",
+        ),
+    ] = None,
     depth: Annotated[
         bool,
         typer.Option(
@@ -67,27 +78,30 @@ def run(
     from cluster.session import session
 
     requirements = [Requirement.parse(text) for text in require or []]
-    out = storage.absolute(out)
+    is_dataset = storage.exists(storage.join(data, "dataset.json"))
+    if is_dataset and trained_on:
+        raise UsageError("--trained-on is for a source; give the one that DIR was prepared from")
+    out = storage.absolute(out) if is_dataset else output_folder(out, data)
     places = _places(models, out, overwrite)
     bundles = {name: _bundle(model, out) for name, model in zip(places, models, strict=True)}
-    space = next(iter(bundles.values())).info.label_space
+    space = _common_space(bundles)
     shares = class_shares(prevalence, space.names) if prevalence else None
-    codes, scans = [], {}
+    all_figures, scans, is_whole = {}, {}, True
     with session():
-        truths = _truths(data, bundles, space)
-        for name, bundle in bundles.items():
-            truth, tested = truths[name]
-            one = _Evaluation(bundle, truth, tested, places[name], device, shares, depth)
-            figures, scans[name] = one.run()
+        for name, (truth, tested) in _truths(data, bundles, is_dataset, trained_on).items():
+            one = _Evaluation(bundles[name], truth, tested, places[name], device, shares, depth)
+            all_figures[name], scans[name] = one.run()
             print(f"report in {storage.join(places[name], 'report.html')}")
-            met = all_met(requirements, figures)
-            whole = figures["all"]["num_scans"] == truth.num_rows
-            codes.append(EXIT_FAILED if not met else EXIT_OK if whole else EXIT_INCOMPLETE)
+            whole = all_figures[name]["all"]["num_scans"] == truth.num_rows
+            is_whole = is_whole and whole and tested.is_whole
     if len(scans) > 1:
         comparison = compare(scans, space)
         print_comparison(comparison)
         storage.write_json(storage.join(out, "comparison.json"), comparison)
-    return EXIT_FAILED if EXIT_FAILED in codes else max(codes)
+    met = [all_met(requirements, figures) for figures in all_figures.values()]
+    if not all(met):
+        return EXIT_FAILED
+    return EXIT_OK if is_whole else EXIT_INCOMPLETE
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ class _Evaluation:
         """Score, report, and return the figures and the answered scans."""
         from bt_core.data.decode_stage import REF_COLUMNS
         from bt_core.evaluation.embedding import with_embedding
-        from bt_core.evaluation.pages import write_report
+        from bt_core.evaluation.pages import refuse_without_clean, write_report
         from bt_core.evaluation.predictions import Scans, join_truth
         from bt_core.evaluation.report import evaluate
 
@@ -114,15 +128,16 @@ class _Evaluation:
         scores = score_refs(self.bundle, refs, self.out, self.device, in_depth=True)
         _refuse_changed_source(self.truth, scores)
         predictions = with_embedding(join_truth(scores, self.truth))
+        storage.remove_dir(storage.join(self.out, "scores"))  # predictions.parquet has them all
         info = self.bundle.info
         figures = evaluate(predictions, info, self.prevalence)
+        refuse_without_clean(figures)
         scans = Scans.of(predictions, info.label_space)
         clean = scans.where(scans.clean_N)
-        explained = self._explained(clean) if self.depth and len(clean) else None
-        if self.depth and len(clean):
+        explained = self._explained(clean) if self.depth else None
+        if self.depth:
             figures["robustness"] = self._robustness(clean)
         write_report(self.out, predictions, explained, figures, info, self.tested)
-        storage.remove_dir(storage.join(self.out, "scores"))  # predictions.parquet has them all
         _print_summary(figures, self.tested)
         self._write_card(figures)
         return figures, scans
@@ -139,14 +154,14 @@ class _Evaluation:
         except OSError:
             logger.warning("%s cannot be written, so its card stays", self.bundle.location)
 
-    def _explained(self, clean: "Scans") -> "pa.Table":
+    def _explained(self, clean: "Scans") -> "pa.Table | None":
         """Return the explanations of the scans that the report shows."""
         from bt_core.evaluation.explainer import Explainer
         from bt_core.evaluation.sheets import chosen_scans
 
         chosen = chosen_scans(clean, self.bundle.info.label_space)
         ids = {i for ids in chosen.values() for i in ids}
-        return self._work(sorted(ids), Explainer, "explained")
+        return self._work(sorted(ids), Explainer, "explained") if ids else None
 
     def _robustness(self, clean: "Scans") -> dict[str, Any] | None:
         """Return figures under perturbations of some scans by chance."""
@@ -174,6 +189,8 @@ class _Evaluation:
 
 def _places(models: list[str], out: str, overwrite: bool) -> dict[str, str]:
     """Return each model's name and the folder of its report; make room there or refuse."""
+    from bt_core.evaluation.pages import clear_report
+
     names = [os.path.basename(storage.absolute(model)) for model in models]
     if len(set(names)) < len(names):
         raise UsageError(f"two models are named alike ({', '.join(names)}); rename a folder")
@@ -182,7 +199,8 @@ def _places(models: list[str], out: str, overwrite: bool) -> dict[str, str]:
         for name in ("metrics.json", "summary.json", "scores"):
             if storage.exists(storage.join(place, name)) and not overwrite:
                 raise UsageError(f"{place} holds {name}; choose another -o, or pass --overwrite")
-        storage.remove_dir(storage.join(place, "scores"))
+        clear_scores(place)
+        clear_report(place)
     return places
 
 
@@ -199,63 +217,43 @@ def _bundle(model: str, out: str) -> "Bundle":
     return Bundle(place)
 
 
-def _truths(
-    data: str, bundles: dict[str, "Bundle"], space: "LabelSpace"
-) -> dict[str, tuple["pa.Table", "EvaluatedScans"]]:
-    """Return for each model the catalog rows that it is tested on, and what they are."""
-    from bt_core.data.catalog import Dataset
-    from bt_core.evaluation.predictions import EvaluatedScans
+def _common_space(bundles: dict[str, "Bundle"]) -> "LabelSpace":
+    spaces = {name: bundle.info.label_space for name, bundle in bundles.items()}
+    first = next(iter(spaces))
+    for name, space in spaces.items():
+        if space != spaces[first]:
+            raise UsageError(f"{name} knows other classes than {first}; evaluate them apart")
+    return spaces[first]
 
-    for name, bundle in bundles.items():
-        if bundle.info.label_space != space:
-            raise UsageError(f"{name} knows other classes than {next(iter(bundles))}")
-    if not storage.exists(storage.join(data, "dataset.json")):
-        return dict.fromkeys(bundles, _external(data, space))
+
+def _truths(
+    data: str, bundles: dict[str, "Bundle"], is_dataset: bool, trained_on: str | None
+) -> dict[str, tuple["pa.Table", "EvaluatedScans"]]:
+    """Return for each model the catalog rows that it is evaluated on, and what they are."""
+    from bt_core.data.catalog import Dataset
+    from bt_core.evaluation.evaluated import of_dataset, of_source
+    from bt_core.scans.identity import hash_key
+
+    space = _common_space(bundles)
+    if not is_dataset:
+        trained = Dataset(trained_on) if trained_on else None
+        for name, bundle in bundles.items():
+            digest = bundle.info.provenance.get("dataset_digest")
+            if trained is not None and trained.info.digest != digest:
+                raise UsageError(f"{name} was not trained with the dataset in {trained_on}")
+        return dict.fromkeys(bundles, of_source(data, space, hash_key()[0], trained))
     dataset = Dataset(data)
     if dataset.info.label_space != space:
         raise UsageError(
             f"the model knows {', '.join(space.names)}; the dataset holds "
             f"{', '.join(dataset.info.label_space.names)}"
         )
-    found = {}
-    for name, bundle in bundles.items():
-        rows = dataset.open_test("evaluate", bundle.info.bundle_id)
-        tested = EvaluatedScans(
-            source=dataset.info.source,
-            split_by=dataset.info.plan.by,
-            digest=dataset.info.digest,
-            num_left_out=dataset.info.num_left_out,
-            num_openings=dataset.num_openings(),
+    return {
+        name: of_dataset(
+            dataset, bundle.info.bundle_id, str(bundle.info.provenance.get("dataset_digest"))
         )
-        found[name] = rows, tested
-    return found
-
-
-def _external(source: str, space: "LabelSpace") -> tuple["pa.Table", "EvaluatedScans"]:
-    """Return the rows of a labelled source; scans that cannot be read stay, conflicts do not."""
-    import pyarrow.compute as pc
-
-    from bt_core.data.catalog import label_refs
-    from bt_core.data.external import external_scans
-    from bt_core.evaluation.predictions import EvaluatedScans
-    from bt_core.scans.archives import list_scans
-    from bt_core.scans.identity import hash_key
-
-    if storage.is_dir(source) and storage.exists(storage.join(source, "catalog.parquet")):
-        raise DatasetError(f"the preparation of {source} was not finished; give bt prepare again")
-    key, _ = hash_key()
-    refs, _ = label_refs(list_scans(source, key).refs, space.task)
-    rows = external_scans(refs, key)
-    in_conflict = pc.equal(rows["reason"], "label_conflict")
-    kept = rows.filter(pc.invert(in_conflict))
-    columns = kept.select(["content_sha256", "label"]).to_pylist()
-    tested = EvaluatedScans(
-        source=storage.absolute(source),
-        split_by="external",
-        digest=storage.digest_lines(f"{r['content_sha256']} {r['label']}" for r in columns),
-        num_left_out={"label_conflict": n} if (n := rows.num_rows - kept.num_rows) else {},
-    )
-    return kept, tested
+        for name, bundle in bundles.items()
+    }
 
 
 def _print_summary(figures: dict[str, Any], tested: "EvaluatedScans") -> None:
@@ -267,9 +265,10 @@ def _print_summary(figures: dict[str, Any], tested: "EvaluatedScans") -> None:
         return interval_text(clean["by_scan"][name])
 
     print(
-        f"{clean['num_scans']} test scans ({clean['num_families']} families) without a copy in "
-        f"training, of {figures['all']['num_scans']}: accuracy {shown('accuracy')}, "
-        f"macro F1 {shown('macro_f1')}"
+        f"{clean['num_scans']} test scans ({clean['num_families']} families) "
+        f"{'without a copy in training' if tested.copies_found else 'not trained on'}, of "
+        f"{figures['all']['num_scans']}: accuracy {shown('accuracy')}, macro F1 "
+        f"{shown('macro_f1')}"
     )
     print(
         f"missed tumours {shown('missed_tumor_rate')}, false alarms {shown('false_alarm_rate')}, "
@@ -280,6 +279,8 @@ def _print_summary(figures: dict[str, Any], tested: "EvaluatedScans") -> None:
             f"  {name:<11} recall {shown(f'{name}.recall')}  precision {shown(f'{name}.precision')}"
             f"  n {clean['counts'][name]}"
         )
+    if not tested.copies_found:
+        print("copies of training scans were not looked for, only equal pixels; see --trained-on")
     if tested.num_openings is not None:
         print(f"openings of this test split on record: {tested.num_openings}")
 

@@ -117,9 +117,13 @@ def _clear(out: str, overwrite: bool) -> None:
         if not overwrite:
             raise UsageError(f"{out} holds scores; choose another -o, or pass --overwrite")
         storage.remove_file(summary)
-        storage.remove_dir(storage.join(out, "scores"))
+    clear_scores(out)
+
+
+def clear_scores(out: str) -> None:
+    """Remove scores below a folder, and what an interrupted job left of some."""
     for name in storage.list_dirs(out):
-        if name.startswith("scores.") and name.endswith(".tmp"):
+        if name == "scores" or (name.startswith("scores.") and name.endswith(".tmp")):
             storage.remove_dir(storage.join(out, name))
 
 

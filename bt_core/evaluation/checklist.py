@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bt_core.evaluation.evaluated import EvaluatedScans
 from bt_core.evaluation.intervals import interval_text
-from bt_core.evaluation.predictions import EvaluatedScans
 from bt_core.models.bundle import BundleInfo
 
 

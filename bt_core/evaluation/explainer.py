@@ -3,6 +3,7 @@
 Shape suffixes: M members, B batch, C channels, S side of the first preprocessing.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -11,22 +12,26 @@ import torch
 from torch.nn import functional
 
 from bt_core.ensemble.ensemble import Ensemble
+from bt_core.ensemble.review import of_frame
 from bt_core.errors import status_of
 from bt_core.evaluation.explain import heat_maps
 from bt_core.evaluation.faithfulness import (
     deletion_and_insertion,
     mirror_agreement,
-    rank_correlation,
+    randomised_similarity,
     share_outside,
     shuffled,
 )
 from bt_core.models.bundle import Bundle
-from bt_core.scans.preprocess import head_mask
+from bt_core.scans.decoded import BURNED_IN
+from bt_core.scans.preprocess import PreprocessSpec, head_mask
 
 FIGURES: Final = (
     "outside_head", "mirror_agreement", "deletion", "insertion", "randomised_similarity",
 )  # fmt: skip
 """Of each map; means over the members by their weights."""
+TEXT_BURNED_IN: Final = "text_burned_in"
+"""Reason of a scan whose header says so: the text may be a name, so it is not drawn."""
 SCHEMA: Final = pa.schema(
     [
         pa.field("scan_id", pa.string(), nullable=False),
@@ -55,43 +60,49 @@ class Explainer:
 
     def __init__(self, bundle_location: str, device: str, num_threads: int) -> None:
         self._ensemble = Ensemble(Bundle(bundle_location), device, num_threads)
-        self._models = self._ensemble.predictor.models
-        self._shuffled = [shuffled(model, seed=0) for model in self._models]
+        self._shuffled = [shuffled(model, seed=0) for model in self._ensemble.predictor.models]
 
     def __call__(self, columns: dict[str, Any]) -> pa.Table:
-        """Return one row for each decoded row; those with a reason have no map."""
-        reasons = [str(reason) for reason in columns["reason"]]
-        rows = [
-            {"scan_id": str(i), "status": status_of(reason), "reason": reason}
-            if reason
-            else {"scan_id": str(i)}
+        """Return one row for each decoded row; what may not or cannot be drawn has no map."""
+        reasons = [
+            str(reason) or (TEXT_BURNED_IN if BURNED_IN in str(steps) else "")
+            for reason, steps in zip(columns["reason"], columns["steps"], strict=True)
+        ]
+        rows: list[dict[str, Any]] = [
+            {
+                "scan_id": str(i),
+                "status": "rejected" if reason == TEXT_BURNED_IN else status_of(reason),
+                "reason": reason,
+            }
             for i, reason in zip(columns["scan_id"], reasons, strict=True)
         ]
         good = [i for i, reason in enumerate(reasons) if not reason]
         if good:
             pixels = [columns[f"pixels_{i}"][good] for i in range(len(self._ensemble.specs))]
             digests = [str(columns["pixel_sha256"][i]) for i in good]
-            for i, explained in zip(good, self.explain(pixels, digests), strict=True):
+            answers = [
+                of_frame(answer, int(columns["frame_index"][i]), int(columns["num_frames"][i]))
+                for i, answer in zip(good, self._ensemble.answer(pixels, digests), strict=True)
+            ]
+            for i, explained in zip(good, self.explain(pixels, answers), strict=True):
                 rows[i] |= explained
         return pa.Table.from_pylist(rows, schema=SCHEMA)
 
-    def explain(self, pixels: list[np.ndarray], pixel_sha256: list[str]) -> list[dict[str, Any]]:
+    def explain(
+        self, pixels: list[np.ndarray], answers: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
         """Return the fields of `SCHEMA`, but for scan_id, of scans.
 
         Args:
             pixels: for each of the ensemble's specs, pixels_BSS uint8 of the same B scans.
-            pixel_sha256: B digests of the decoded images.
+            answers: B answers of the ensemble, to be explained.
         """
-        answers = self._ensemble.answer(pixels, pixel_sha256)
         names = self._ensemble.info.label_space.names
         classes_B = torch.tensor([names.index(a["predicted_label"]) for a in answers])
         heat_BSS, methods, figures = self._judged_maps(pixels, classes_B)
         return [
             {
-                "status": answer["status"],
-                "reason": answer["reason"],
-                "predicted_label": answer["predicted_label"],
-                "confidence": answer["confidence"],
+                **{n: answer[n] for n in ("status", "reason", "predicted_label", "confidence")},
                 "method": methods,
                 **{name: None if np.isnan(f[b]) else float(f[b]) for name, f in figures.items()},
                 "size_px": pixels[0].shape[-1],
@@ -104,36 +115,54 @@ class Explainer:
     def _judged_maps(
         self, pixels: list[np.ndarray], classes_B: torch.Tensor
     ) -> tuple[np.ndarray, str, dict[str, np.ndarray]]:
-        """Return the members' mean heat_BSS uint8, their methods, and the figures of the maps."""
-        predictor = self._ensemble.predictor
+        """Return heat_BSS uint8, methods, and the figures of the maps.
+
+        Figures are means over the members by their weights. The map that is drawn is the mean over
+        the members that see the picture cut out and fitted as the first one does.
+        """
+        info, predictor = self._ensemble.info, self._ensemble.predictor
         classes_B = classes_B.to(predictor.device)
         total = {name: np.zeros(len(classes_B)) for name in FIGURES}
-        heat_BSS, methods = torch.zeros(pixels[0].shape), []
-        inside_BSS = torch.from_numpy(np.stack([head_mask(image) for image in pixels[0]]))
-        members = zip(
-            self._ensemble.info.members,
-            self._models,
-            self._shuffled,
-            predictor.inputs(pixels),
-            strict=True,
-        )
-        for info, model, other, images_BCSS in members:
-            heat, method = heat_maps(model, images_BCSS, classes_B)
-            deletion_B, insertion_B = deletion_and_insertion(model, images_BCSS, heat, classes_B)
-            random, _ = heat_maps(other, images_BCSS, classes_B)
-            found = {
-                "mirror_agreement": mirror_agreement(model, images_BCSS, heat, classes_B),
-                "deletion": deletion_B.cpu().numpy(),
-                "insertion": insertion_B.cpu().numpy(),
-                "randomised_similarity": rank_correlation(heat, random),
-            }
-            for name, values_B in found.items():
-                total[name] += info.weight * values_B
-            side = heat_BSS.shape[-1]
-            fitted = functional.interpolate(heat[:, None].cpu(), (side, side), mode="bilinear")
-            heat_BSS += info.weight * fitted[:, 0]
+        drawn_BSS, methods = torch.zeros(pixels[0].shape), []
+        geometry = _geometry(info.members[0].preprocess)
+        inputs = predictor.inputs(pixels)
+        for m, (member, model) in enumerate(zip(info.members, predictor.models, strict=True)):
+            heat, method = heat_maps(model, inputs[m], classes_B)
+            own = pixels[predictor.spec_of[m]]
+            for name, values_B in self._judge(m, inputs[m], heat, classes_B, own).items():
+                total[name] += member.weight * values_B
+            if _geometry(member.preprocess) == geometry:
+                side = drawn_BSS.shape[-1]
+                fitted = functional.interpolate(heat[:, None].cpu(), (side, side), mode="bilinear")
+                drawn_BSS += member.weight * fitted[:, 0]
             methods.append(method)
-        total["outside_head"] = share_outside(heat_BSS, inside_BSS).numpy()
-        largest_B11 = heat_BSS.amax((1, 2), keepdim=True).clamp(min=1e-12)
-        as_bytes = (heat_BSS / largest_B11 * 255).round().to(torch.uint8).numpy()
+        largest_B11 = drawn_BSS.amax((1, 2), keepdim=True).clamp(min=1e-12)
+        as_bytes = (drawn_BSS / largest_B11 * 255).round().to(torch.uint8).numpy()
         return as_bytes, ", ".join(dict.fromkeys(methods)), total
+
+    def _judge(
+        self,
+        member: int,
+        images_BCSS: torch.Tensor,
+        heat_BSS: torch.Tensor,
+        classes_B: torch.Tensor,
+        pixels_BSS: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """Return the figures of one member's maps."""
+        model = self._ensemble.predictor.models[member]
+        other = self._shuffled[member]
+        inside_BSS = torch.from_numpy(np.stack([head_mask(image_SS) for image_SS in pixels_BSS]))
+        deletion_B, insertion_B = deletion_and_insertion(model, images_BCSS, heat_BSS, classes_B)
+        return {
+            "outside_head": share_outside(heat_BSS.cpu(), inside_BSS).numpy(),
+            "mirror_agreement": mirror_agreement(model, images_BCSS, heat_BSS, classes_B),
+            "deletion": deletion_B.cpu().numpy(),
+            "insertion": insertion_B.cpu().numpy(),
+            "randomised_similarity": randomised_similarity(
+                model, other, images_BCSS, heat_BSS, classes_B
+            ),
+        }
+
+
+def _geometry(spec: PreprocessSpec) -> tuple[bool, str]:
+    return spec.crop_to_head, spec.fit

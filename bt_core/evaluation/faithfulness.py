@@ -71,19 +71,30 @@ def share_outside(heat_BHW: torch.Tensor, inside_BHW: torch.Tensor) -> torch.Ten
 
 
 def randomised_similarity(
-    model: Classifier, images_BCHW: torch.Tensor, classes_B: torch.Tensor, seed: int = 0
+    model: Classifier,
+    other: Classifier,
+    images_BCHW: torch.Tensor,
+    heat_BHW: torch.Tensor,
+    classes_B: torch.Tensor,
 ) -> np.ndarray:
-    """Return how alike a model's maps are to those of the same network with other weights.
+    """Return how alike a model's maps are to those of the same network with shuffled weights.
 
     The check of Adebayo et al. 2018: a map that stays when what was learnt is gone shows the
-    picture and not the model. Every weight matrix is shuffled, which keeps its distribution.
+    picture and not the model.
+
+    Args:
+        model: the model.
+        other: `shuffled` of it.
+        images_BCHW: model input.
+        heat_BHW: the model's maps.
+        classes_B: the classes that they are for.
 
     Returns:
-        Rank correlations_B; near 0 is what a map that depends on the model has.
+        Sizes of rank correlations_B, in [0, 1]; near 0 is what maps that depend on the model have.
+        NaN where one of the maps is flat, which says nothing.
     """
-    heat_BHW, _ = heat_maps(model, images_BCHW, classes_B)
-    random_BHW, _ = heat_maps(shuffled(model, seed), images_BCHW, classes_B)
-    return rank_correlation(heat_BHW, random_BHW)
+    random_BHW, _ = heat_maps(other, images_BCHW, classes_B)
+    return np.asarray(np.abs(rank_correlation(heat_BHW, random_BHW)))
 
 
 @torch.no_grad()
@@ -99,11 +110,11 @@ def shuffled(model: Classifier, seed: int) -> Classifier:
 
 
 def rank_correlation(one_BHW: torch.Tensor, other_BHW: torch.Tensor) -> np.ndarray:
-    """Return Spearman's correlation of each two maps; 0 where one of them is flat."""
+    """Return Spearman's correlation of each two maps; NaN where one of them is flat."""
     ranks = [
         rankdata(heat.flatten(1).double().cpu().numpy(), axis=1) for heat in (one_BHW, other_BHW)
     ]
     centred = [r - r.mean(1, keepdims=True) for r in ranks]
     norm_B = np.sqrt((centred[0] ** 2).sum(1) * (centred[1] ** 2).sum(1))
     product_B = (centred[0] * centred[1]).sum(1)
-    return np.asarray(product_B / np.where(norm_B > 0, norm_B, np.inf))
+    return np.asarray(product_B / np.where(norm_B > 0, norm_B, np.nan))

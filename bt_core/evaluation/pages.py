@@ -22,8 +22,9 @@ from bt_core.data.page import render
 from bt_core.errors import RunError, UsageError
 from bt_core.evaluation import plots
 from bt_core.evaluation.checklist import checklist
+from bt_core.evaluation.evaluated import EvaluatedScans
 from bt_core.evaluation.model_card import model_card
-from bt_core.evaluation.predictions import EvaluatedScans, Scans
+from bt_core.evaluation.predictions import Scans
 from bt_core.evaluation.report import SCHEMA_VERSION
 from bt_core.evaluation.reported import REPORTED
 from bt_core.evaluation.sheets import KINDS, chosen_scans, map_figures, sheets
@@ -61,11 +62,7 @@ def write_report(
     Raises:
         RunError: if there are no clean figures; a report without them would mislead.
     """
-    if figures["clean"] is None:
-        raise RunError(
-            "every test scan, or a copy, was trained on, so nothing can be said about new ones; "
-            "evaluate on the dataset that the bundle was trained with, or on other scans"
-        )
+    refuse_without_clean(figures)
     pictures = _pictures(predictions, explained, figures, bundle)
     provenance = {
         "bundle_id": bundle.bundle_id,
@@ -96,10 +93,20 @@ def write_report(
         storage.write_bytes(storage.join(location, name), content)
     storage.write_table(storage.join(location, "predictions.parquet"), predictions)
     if explained is not None:
-        storage.write_table(storage.join(location, "explanations.parquet"), explained)
+        maps = _without_hidden_pictures(predictions, explained, bundle)
+        storage.write_table(storage.join(location, "explanations.parquet"), maps)
     inputs = {"bundle": bundle.model_dump(mode="json"), "tested": tested.model_dump(mode="json")}
     storage.write_json(storage.join(location, "inputs.json"), inputs)
     storage.write_json(storage.join(location, "metrics.json"), {**figures, **provenance})
+
+
+def refuse_without_clean(figures: dict[str, Any]) -> None:
+    """Raise RunError if no scan is left that was not trained on: there is no honest figure."""
+    if figures["clean"] is None:
+        raise RunError(
+            "every test scan, or a copy, was trained on, so nothing can be said about new ones; "
+            "evaluate on the dataset that the bundle was trained with, or on other scans"
+        )
 
 
 def clear_report(location: str) -> None:
@@ -140,6 +147,20 @@ def read_report(
         parse(BundleInfo, inputs["bundle"], f"{location}/inputs.json"),
         parse(EvaluatedScans, inputs["tested"], f"{location}/inputs.json"),
     )
+
+
+def _without_hidden_pictures(
+    predictions: pa.Table, explained: pa.Table, bundle: BundleInfo
+) -> pa.Table:
+    """Keep the pictures of the scans on the sheets alone; those by chance gave figures only."""
+    scans = Scans.of(predictions, bundle.label_space)
+    chosen = chosen_scans(scans.where(scans.clean_N), bundle.label_space)
+    shown = {i for kind in KINDS for i in chosen[kind]}
+    for name in ("image", "heat"):
+        values = [row[name] if row["scan_id"] in shown else None for row in explained.to_pylist()]
+        place = explained.schema.get_field_index(name)
+        explained = explained.set_column(place, name, pa.array(values, pa.binary()))
+    return explained
 
 
 def _pictures(

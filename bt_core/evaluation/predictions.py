@@ -6,13 +6,12 @@ scan_id, never on the order of rows. Shape suffixes: N scans, M members, K class
 
 from collections import Counter
 from dataclasses import dataclass, fields
-from typing import Final, Literal, Self
+from typing import Final, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bt_core.config import StrictModel
 from bt_core.errors import RunError
 from bt_core.evaluation.intervals import family_codes
 from bt_core.labels import LabelSpace
@@ -25,6 +24,8 @@ SLICE_COLUMNS: Final = (
 
 def join_truth(scores: pa.Table, truth: pa.Table) -> pa.Table:
     """Return score rows with label, group, copy_in_training and the slice columns of the catalog.
+
+    Without uri and member: a report may be shown to people who are not to see names of files.
 
     Args:
         scores: rows of exactly the scans of `truth`.
@@ -39,24 +40,10 @@ def join_truth(scores: pa.Table, truth: pa.Table) -> pa.Table:
             f"{len(wanted)} scans to evaluate, {len(got)} predictions that do not match them"
         )
     joined, known = scores.sort_by("scan_id"), truth.sort_by("scan_id")
+    joined = joined.drop_columns([n for n in ("uri", "member") if n in joined.column_names])
     for name in ("label", "group", "copy_in_training", *SLICE_COLUMNS):
         joined = joined.append_column(name, known[name])
     return joined
-
-
-class EvaluatedScans(StrictModel):
-    """What a bundle was evaluated on."""
-
-    source: str
-    """Of the scans: where they were prepared from, or the archive itself."""
-    split_by: Literal["family", "given", "external"]
-    """How the test scans were kept apart; `external` is a source that is no prepared dataset."""
-    digest: str
-    """Of the dataset, or of the archive's scans and labels."""
-    num_left_out: dict[str, int]
-    """Reason code to number of scans that are not tested."""
-    num_openings: int | None = None
-    """Times that this test split was opened, this one included."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ _SAMPLE: Final = 32
 _ALIKE: Final = 0.5
 """Rank correlation from which maps with and without what was learnt count as alike."""
 
+_KNOWN: Final = 0.5
+"""Share of maps that must have one."""
+
 
 def chosen_scans(scans: Scans, space: LabelSpace, seed: int = 0) -> dict[str, list[str]]:
     """Return the ids of the scans of each sheet (`KINDS`), class by class, and of `sample`.
@@ -49,9 +52,10 @@ def chosen_scans(scans: Scans, space: LabelSpace, seed: int = 0) -> dict[str, li
             own = own[np.argsort(rank_N[own], kind="stable")]
             _, first = np.unique(scans.family_N[own], return_index=True)
             found[kind] += scans.scan_id[own[np.sort(first)[:_PER_CLASS]]].tolist()
-    candidates = scans.scan_id[shown_N]
-    chosen = np.random.default_rng(seed).permutation(len(candidates))[:_SAMPLE]
-    return {**found, "sample": candidates[np.sort(chosen)].tolist()}
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(shown_N))
+    _, first = np.unique(scans.family_N[order], return_index=True)
+    sample = np.sort(order[np.sort(first)[:_SAMPLE]])
+    return {**found, "sample": scans.scan_id[sample].tolist()}
 
 
 def map_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -77,7 +81,9 @@ def map_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         means[name] = float(np.mean(values)) if values else None
     gains = np.array([row["insertion"] - row["deletion"] for row in mapped])
     error = float(gains.std(ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else None
-    depends = abs(means["randomised_similarity"] or 0.0) < _ALIKE
+    known = [row for row in mapped if row["randomised_similarity"] is not None]
+    similarity = means["randomised_similarity"]
+    depends = similarity is not None and similarity < _ALIKE and len(known) >= _KNOWN * len(mapped)
     return {
         "num": len(mapped),
         "methods": sorted({row["method"] for row in mapped}),

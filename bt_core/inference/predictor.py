@@ -42,7 +42,7 @@ class Predictor:
     def __init__(self, bundle: Bundle, device: str = "cpu", num_threads: int = 1) -> None:
         torch.set_num_threads(num_threads)
         self.device = torch.device(device)
-        self.specs, self._spec_of = distinct_specs([m.preprocess for m in bundle.info.members])
+        self.specs, self.spec_of = distinct_specs([m.preprocess for m in bundle.info.members])
         self._preprocessors: list[Preprocessor] = []
         self.models: list[Classifier] = []
         for member in bundle.info.members:
@@ -62,7 +62,7 @@ class Predictor:
         Args:
             pixels: for each of `specs`, in their order, pixels_BSS uint8 of the same B scans.
         """
-        members = zip(self.models, self._preprocessors, self._spec_of, strict=True)
+        members = zip(self.models, self._preprocessors, self.spec_of, strict=True)
         return np.stack([self._member_logits(m, p, pixels[i]) for m, p, i in members])
 
     def logits_and_features(self, pixels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +87,7 @@ class Predictor:
 
     def inputs(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Return each member's model input images_BCSS, on the device, of what `logits` takes."""
-        members = zip(self._preprocessors, self._spec_of, strict=True)
+        members = zip(self._preprocessors, self.spec_of, strict=True)
         return [p.batch(pixels[i]).to(self.device) for p, i in members]
 
     def _member_logits(

@@ -177,7 +177,7 @@ def write_bundle(
         location: a free folder name.
         info: everything but `files` and `bundle_id`, which are filled in.
         state_dicts: weights by member name.
-        training_digests: pixel digests of all scans that any member was trained on.
+        training_digests: pixel digests of all scans that trained or chose any member.
         model_card: Markdown.
 
     Returns:

@@ -7,7 +7,7 @@
     history.jsonl        one line per epoch
     validation.parquet   scan_id, label, logits, group (family or patient) of every validation scan
                          at the kept epoch
-    training_scans.parquet  pixel digests of the scans that were trained on
+    training_scans.parquet  pixel digests of the scans that trained or chose it
     model.safetensors    weights of the kept epoch
     started.json, checkpoints/   for resuming; not needed afterwards
 """
@@ -94,7 +94,7 @@ class Run:
         return table.sort_by("scan_id")
 
     def training_digests(self) -> list[str]:
-        """Return the pixel digests of the scans that were trained on."""
+        """Return the pixel digests of the scans that trained or chose it."""
         table = storage.read_table(storage.join(self.location, "training_scans.parquet"))
         digests: list[str] = table["pixel_sha256"].to_pylist()
         return digests

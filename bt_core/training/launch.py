@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.train
 import safetensors.torch
 import torch
@@ -274,7 +275,9 @@ def _finish(
         environment=environment(),
     )
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
-    digests = pa.table({"pixel_sha256": dataset.split("train")["pixel_sha256"].unique()})
+    seen = dataset.catalog()  # validation scans as well: they chose the epoch, and will calibrate
+    seen = seen.filter(pc.not_equal(seen["split"], ""))
+    digests = pa.table({"pixel_sha256": seen["pixel_sha256"].unique()})
     storage.write_json(storage.join(location, "recipe.json"), info.recipe)
     storage.write_table(storage.join(location, "validation.parquet"), validation)
     storage.write_table(storage.join(location, "training_scans.parquet"), digests)

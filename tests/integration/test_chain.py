@@ -201,7 +201,8 @@ def test_scores_account_for_every_scan_and_know_what_was_trained_on(chain):
     assert summary["n_in"] == 80 == sum(summary[status] for status in statuses)
     scores = {row["scan_id"]: row for row in rows(chain.scores / "scores")}
     assert len(scores) == 80
-    training = set(Dataset(str(chain.data)).split("train")["scan_id"].to_pylist())
+    data = Dataset(str(chain.data))
+    training = {i for s in ("train", "validation") for i in data.split(s)["scan_id"].to_pylist()}
     assert {i for i, row in scores.items() if row["seen_in_training"]} == training
     names = ("glioma", "meningioma", "no_tumor", "pituitary")
     for row in scores.values():

@@ -78,14 +78,19 @@ def explained(model, mark, num=24):
     deletion, insertion = deletion_and_insertion(model, images, heat, classes)
     inside = torch.from_numpy(np.stack([head_mask(one) for one in pixels]))
     columns = {
-        "outside_head": share_outside(heat, inside),
+        "outside_head": share_outside(heat, inside).numpy(),
         "mirror_agreement": mirror_agreement(model, images, heat, classes),
-        "deletion": deletion,
-        "insertion": insertion,
-        "randomised_similarity": randomised_similarity(model, images, classes),
+        "deletion": deletion.numpy(),
+        "insertion": insertion.numpy(),
+        "randomised_similarity": randomised_similarity(
+            model, shuffled(model, 0), images, heat, classes
+        ),
     }
     return [
-        {"method": method, **{name: float(values[i]) for name, values in columns.items()}}
+        {
+            "method": method,
+            **{n: None if np.isnan(v[i]) else float(v[i]) for n, v in columns.items()},
+        }
         for i in range(num)
     ]
 
@@ -123,6 +128,39 @@ def test_a_trained_model_passes_the_sanity_check_and_an_untrained_one_does_not()
     assert not map_figures(explained(shuffled(model, seed=5), "inside"))["passes"]
 
 
+def test_the_sanity_check_needs_maps_that_say_something():
+    good = {
+        "method": "grad_cam", "deletion": 0.1, "insertion": 0.9, "outside_head": 0.1,
+        "mirror_agreement": 0.9,
+    }  # fmt: skip
+    rows = [{**good, "insertion": 0.9 - i / 100, "randomised_similarity": 0.1} for i in range(9)]
+    assert map_figures(rows)["passes"]
+    assert not map_figures([{**row, "randomised_similarity": None} for row in rows])["passes"]
+    assert not map_figures([{**row, "randomised_similarity": 0.8} for row in rows])["passes"]
+    assert not map_figures([{**row, "insertion": 0.1} for row in rows])["passes"]
+
+
+def test_members_that_see_another_cut_are_not_drawn_into_one_map(tmp_path):
+    generator = np.random.default_rng(0)
+    pixels = [generator.integers(0, 255, (8, s, s), dtype=np.uint8) for s in (32, 48)]
+    classes = torch.arange(8) % 4
+    heats = {}
+    for name, crop in (("same", False), ("other", True)):
+        info = make_bundle(tmp_path / name, sizes=(32, 48))
+        second = info.members[1]
+        cut = second.preprocess.model_copy(update={"crop_to_head": crop})
+        explainer = Explainer(str(tmp_path / name), "cpu", 1)
+        members = (info.members[0], second.model_copy(update={"preprocess": cut}))
+        explainer._ensemble.info = info.model_copy(update={"members": members})
+        heats[name] = explainer._judged_maps(pixels, classes)[0]
+    one = Explainer(str(tmp_path / "other"), "cpu", 1)
+    alone, _ = heat_maps(
+        one._ensemble.predictor.models[0], one._ensemble.predictor.inputs(pixels)[0], classes
+    )  # fmt: skip
+    assert np.abs(heats["other"] - (alone * 255).numpy()).max() <= 1
+    assert (heats["same"] != heats["other"]).any()
+
+
 def test_a_model_that_looks_at_a_border_mark_is_exposed_by_the_heat_outside_the_head():
     at_border = map_figures(explained(trained("border"), "border"))
     honest = map_figures(explained(trained("inside"), "inside"))
@@ -145,26 +183,31 @@ def test_rank_correlation_is_spearmans_and_flat_maps_have_none():
     ramp = torch.arange(16.0).view(1, 4, 4)
     assert rank_correlation(ramp, ramp**3).tolist() == pytest.approx([1.0])
     assert rank_correlation(ramp, -ramp).tolist() == pytest.approx([-1.0])
-    assert rank_correlation(ramp, torch.ones(1, 4, 4)).tolist() == [0.0]
+    assert np.isnan(rank_correlation(ramp, torch.ones(1, 4, 4))).all()
     inside = torch.tensor([[[True, False]]])
     assert share_outside(torch.tensor([[[3.0, 1.0]]]), inside).tolist() == [0.25]
     assert share_outside(torch.zeros(1, 1, 2), inside).isnan().all()
 
 
 def test_every_scan_has_a_row_with_a_map_or_a_reason(tmp_path):
-    make_bundle(tmp_path / "bundle", sizes=(32, 48))
+    make_bundle(tmp_path / "bundle", sizes=(32, 48), min_confidence=0.0)
     generator = np.random.default_rng(0)
     columns = {
-        "scan_id": np.array(["a", "b", "c"]),
-        "reason": np.array(["", "corrupt_image", ""]),
-        "pixel_sha256": np.array(["0" * 64, "", "1" * 64]),
-        "pixels_0": generator.integers(0, 255, (3, 32, 32), dtype=np.uint8),
-        "pixels_1": generator.integers(0, 255, (3, 48, 48), dtype=np.uint8),
+        "scan_id": np.array(["a", "b", "c", "d"]),
+        "reason": np.array(["", "corrupt_image", "", ""]),
+        "steps": np.array(["", "", "colour to grey", BURNED_IN]),
+        "frame_index": np.array([0, 0, 4, 0]),
+        "num_frames": np.array([1, 1, 9, 1]),
+        "pixel_sha256": np.array(["0" * 64, "", "1" * 64, "2" * 64]),
+        "pixels_0": generator.integers(0, 255, (4, 32, 32), dtype=np.uint8),
+        "pixels_1": generator.integers(0, 255, (4, 48, 48), dtype=np.uint8),
     }
     table = Explainer(str(tmp_path / "bundle"), "cpu", 1)(columns)
     assert table.schema == SCHEMA
-    first, broken, last = table.to_pylist()
+    first, broken, last, text = table.to_pylist()
     assert (broken["reason"], broken["heat"]) == ("corrupt_image", None)
+    assert (text["reason"], text["image"], text["status"]) == ("text_burned_in", None, "rejected")
+    assert (last["status"], last["reason"]) == ("deferred", "one_of_many_frames")
     for row in (first, last):
         assert len(row["heat"]) == len(row["image"]) == 32 * 32
         assert all(name in row for name in FIGURES)

@@ -33,7 +33,7 @@ TINY = ModelSpec(backbone="cnn_small", backbone_args={"width": 4}, weights="none
 SPACE = LABEL_SPACES["four_class"]
 
 
-def make_bundle(location, sizes=(32, 48), flips="none", **changes):
+def make_bundle(location, sizes=(32, 48), flips="none", min_confidence=0.3, **changes):
     members, weights = [], {}
     for i, size in enumerate(sizes):
         torch.manual_seed(i)
@@ -52,7 +52,7 @@ def make_bundle(location, sizes=(32, 48), flips="none", **changes):
         )
         weights[name] = model.state_dict()
     review = ReviewInfo(
-        min_confidence=0.3,
+        min_confidence=min_confidence,
         target_accuracy=0.98,
         conformal_level=0.9,
         conformal_min_probs=dict.fromkeys(SPACE.names, 0.2),

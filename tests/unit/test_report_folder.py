@@ -10,10 +10,11 @@ import pytest
 from bt_core.errors import RunError, UsageError
 from bt_core.evaluation.checklist import checklist
 from bt_core.evaluation.embedding import embed, with_embedding
+from bt_core.evaluation.evaluated import EvaluatedScans
 from bt_core.evaluation.explainer import FIGURES, SCHEMA
 from bt_core.evaluation.model_card import model_card
 from bt_core.evaluation.pages import read_report, write_report
-from bt_core.evaluation.predictions import EvaluatedScans, join_truth
+from bt_core.evaluation.predictions import join_truth
 from bt_core.evaluation.report import evaluate
 from tests.unit.test_evaluation import BUNDLE, tables
 
@@ -33,6 +34,7 @@ TRAINED = BUNDLE.model_copy(
 TESTED = EvaluatedScans(
     source="s",
     split_by="family",
+    copies_found=True,
     digest="d" * 64,
     num_left_out={"label_conflict": 2},
     num_openings=1,
