@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 def run(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
     out: OutOption,
+    conformal_level: Annotated[
+        float,
+        typer.Option(min=0.5, max=0.999, help="Share of each class that its sets are to hold."),
+    ] = 0.95,
+    max_missed_tumors: Annotated[
+        float,
+        typer.Option(
+            min=0.0001, max=0.5, help="Share of tumours that may be called free of one, at most."
+        ),
+    ] = 0.01,
     overwrite: OverwriteOption = False,
 ) -> int:
     """Put runs into one bundle: equal weights, temperatures fitted on the validation scans."""
@@ -30,7 +40,7 @@ def run(
             raise UsageError(f"{out} exists; choose another -o, or pass --overwrite")
         if not storage.exists(storage.join(out, "bundle.json")):
             raise UsageError(f"{out} is not a bundle, so it is not overwritten; choose another -o")
-    info = build(out, loaded)
+    info = build(out, loaded, conformal_level, max_missed_tumors)
     metrics = info.metrics
     print(
         f"bundle {info.bundle_id}: {len(info.members)} members, validation accuracy "
@@ -41,13 +51,18 @@ def run(
     return EXIT_OK
 
 
-def build(out: str, runs: "Sequence[Run]") -> "BundleInfo":
+def build(
+    out: str,
+    runs: "Sequence[Run]",
+    conformal_level: float = 0.95,
+    max_missed_tumor_rate: float = 0.01,
+) -> "BundleInfo":
     """Write a calibrated bundle of finished runs, in place of one that is there."""
     from bt_core.ensemble.build import assemble
     from bt_core.evaluation.model_card import model_card
     from bt_core.models.bundle import write_bundle
 
-    info = assemble(runs)
+    info = assemble(runs, conformal_level, max_missed_tumor_rate)
     storage.remove_dir(out)
     return write_bundle(
         out,

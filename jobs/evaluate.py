@@ -150,7 +150,7 @@ class _Evaluation:
         if self.tested.digest != self.bundle.info.provenance.get("dataset_digest"):
             return
         try:
-            write_card(self.bundle.location, model_card(self.bundle.info, figures))
+            write_card(self.bundle.location, model_card(self.bundle.info, figures, self.tested))
         except OSError:
             logger.warning("%s cannot be written, so its card stays", self.bundle.location)
 

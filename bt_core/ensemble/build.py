@@ -27,11 +27,18 @@ _HISTORY: Final = (
 """Figures of an epoch that a report draws."""
 
 
-def assemble(runs: Sequence[Run]) -> BundleInfo:
+def assemble(
+    runs: Sequence[Run], conformal_level: float = 0.95, max_missed_tumor_rate: float = 0.01
+) -> BundleInfo:
     """Calibrate an equal-weight ensemble of runs on the validation scans that they share.
 
     Each member gets a temperature of its own, so that none outvotes the others by being loud; the
     average gets one more, because averaging makes it under-confident.
+
+    Args:
+        runs: finished runs.
+        conformal_level: see `review.fit_review`.
+        max_missed_tumor_rate: likewise.
 
     Raises:
         UsageError: if the runs differ in labels or validation scans, or two have the same name.
@@ -46,7 +53,14 @@ def assemble(runs: Sequence[Run]) -> BundleInfo:
     temperature = fit_temperature(averaged_NK, labels_N)
     probs_NK = combine(logits_MNK, weights, temperatures, temperature)
     groups = np.unique(tables[0]["group"].to_pylist(), return_inverse=True)[1]
-    review = fit_review(probs_NK, labels_N, runs[0].info.label_space, groups)
+    review = fit_review(
+        probs_NK,
+        labels_N,
+        runs[0].info.label_space,
+        groups,
+        conformal_level=conformal_level,
+        max_missed_tumor_rate=max_missed_tumor_rate,
+    )
     return BundleInfo(
         label_space=runs[0].info.label_space,
         members=tuple(
@@ -111,6 +125,7 @@ def _provenance(runs: Sequence[Run]) -> dict[str, Any]:
             run.info.name: {
                 "recipe": run.info.recipe["name"],
                 "recipe_digest": run.info.recipe_digest,
+                "settings": _settings(run),
                 "initial_weights": _weights_name(run),
                 "kept_epoch": run.info.kept_epoch,
                 "num_parameters": run.info.num_parameters,
@@ -124,6 +139,12 @@ def _provenance(runs: Sequence[Run]) -> dict[str, Any]:
             for run in runs
         },
     }
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Return the recipe as it was trained, the seed included, without paths of that machine."""
+    recipe = run.info.recipe
+    return {**recipe, "model": {**recipe["model"], "weights": _weights_name(run)}}
 
 
 def _weights_name(run: Run) -> str:

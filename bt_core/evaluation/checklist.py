@@ -37,7 +37,12 @@ def checklist(
         bundle: what was evaluated.
         tested: on what.
     """
-    return [*_data_points(figures, bundle, tested), *_figure_points(figures, bundle)]
+    external = tested.split_by == "external"
+    return [
+        *_data_points(figures, bundle, tested),
+        *_figure_points(figures, bundle),
+        *_use_points(figures, external),
+    ]
 
 
 def _data_points(
@@ -58,8 +63,12 @@ def _data_points(
         "family": "copies under flips, rotations, re-encoding and resizing, and a named patient's "
         "scans, are on one side of the split",
         "given": "the split of the source is kept, and every figure is given twice",
-        "external": "a source that nothing was prepared from; scans that were trained on are found "
-        "by their pixels",
+        "external": "another source or dataset than the one trained with; "
+        + (
+            "copies of training scans under flips, rotations, re-encoding and resizing are known"
+            if tested.copies_found
+            else "scans with the pixels of a training scan are known"
+        ),
     }[tested.split_by]
     return [
         Point(
@@ -85,15 +94,18 @@ def _data_points(
             "Leakage control",
             f"{apart[0].upper()}{apart[1:]}. {figures['num_seen_in_training']} test scans stand "
             f"with a scan that was trained on; the headline is on the other {clean['num_scans']}.",
-            "neighbouring slices of patients that the source does not name",
+            "neighbouring slices of patients that the source does not name"
+            + ("" if tested.copies_found else "; other copies of training scans: --trained-on"),
         ),
         Point(
             "Preprocessing, model, training, seeds, software",
-            f"{trained}. Recipes, seeds, package versions and processors are in bundle.json.",
+            f"{trained}. Recipes with seeds, package versions and processors are in bundle.json.",
+            "the tuning that led to the recipe, because a bundle does not know of it",
         ),
         Point(
             "Flow of scans",
             f"{flow['num_scans']} tested: {outcomes}. Left out before: {left_out}.",
+            "a worst-case analysis of the scans that were not answered",
         ),
     ]
 
@@ -101,13 +113,10 @@ def _data_points(
 def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point]:
     clean = figures["clean"]
     by_scan, sets = clean["by_scan"], clean["prediction_sets"]
-    worst, robust = figures["slices"]["worst"], figures.get("robustness")
-    maps = figures.get("explanations")
 
     def shown(name: str) -> str:
         return interval_text(by_scan[name])
 
-    deep = "it was not measured; leave out --no-depth"
     return [
         Point(
             "Confusion matrix and figures per class, with intervals by patient or family",
@@ -124,6 +133,7 @@ def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point
             f"error {clean['calibration']['ece']:.3f}, and "
             f"{clean['calibration_before']['ece']:.3f} before temperatures, which were fitted on "
             "validation scans.",
+            "intervals of the calibration errors; slope and intercept",
         ),
         Point(
             "Decision curves",
@@ -132,7 +142,8 @@ def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point
         ),
         Point(
             "Risk distributions and operating points",
-            "Thresholds were chosen on validation scans and are in the bundle: review below a "
+            "A histogram of confidence for right and wrong answers. Thresholds were chosen on "
+            "validation scans and are in the bundle: review below a "
             f"confidence of {bundle.review.min_confidence:.3f}, called free of a tumour above "
             f"{bundle.review.healthy_above:.3f}.",
         ),
@@ -142,6 +153,14 @@ def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point
             f"by family, with {sets['mean_size']:.2f} classes on mean, and are counted for each "
             "class; a curve of risk over coverage.",
         ),
+    ]
+
+
+def _use_points(figures: Mapping[str, Any], external: bool) -> list[Point]:
+    worst, robust = figures["slices"]["worst"], figures.get("robustness")
+    maps = figures.get("explanations")
+    deep = "it was not measured; leave out --no-depth"
+    return [
         Point(
             "Subgroups",
             f"Every column of the catalog. Lowest accuracy: {worst['column'].replace('_', ' ')} "
@@ -155,14 +174,21 @@ def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point
             "Curves under noise, blur, bias field, contrast, rotation, crop, JPEG and resolution."
             if robust
             else "",
-            ("" if robust else f"robustness: {deep}; ") + "scans that are no brain MRI",
+            ("" if robust else f"robustness: {deep}; ")
+            + ("" if external else "an external test: give --data a labelled archive; ")
+            + "scans that are no brain MRI",
         ),
         Point(
             "Comparison",
             "Members against their ensemble by exchanging answers on whole families."
             if figures["members"]
             else "",
-            "" if figures["members"] else "one model only; bt compare holds several side by side",
+            (
+                ""
+                if figures["members"]
+                else "one model only, bt compare holds several side by side; "
+            )
+            + "simple baselines such as a regression on features",
         ),
         Point(
             "Failure analysis",

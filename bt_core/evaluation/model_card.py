@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from bt_core.evaluation.evaluated import EvaluatedScans
 from bt_core.evaluation.intervals import interval_text
 from bt_core.models.bundle import BundleInfo
 
@@ -20,12 +21,12 @@ on patients, other organs, other modalities, whole volumes.
 - Input: one grey MRI slice. Output: calibrated probabilities of {classes}.
 - Members: {members}
 - Answers below a confidence of {min_confidence:.3f} are marked for review.
-- Prediction sets promise to hold each class in {level:.0%} of its scans of new families. A scan is
-  called free of a tumour above {healthy_above:.3f}, which promises that at most {missed:.1%} of
-  tumours pass.
-- Trained on the dataset with digest `{dataset_digest}`. Recipes, software versions and the bundle's
-  id are in `bundle.json`. The licence of the weights is that of the initial weights and of the
-  training scans: whoever shares them states it here.
+- Conformal prediction sets were set to hold each class in {level:.0%} of its scans of new families.
+  Of tumours of new families at most {missed:.1%} are to lie above a probability of
+  {healthy_above:.3f} for none. Both were set on validation scans that also chose the epoch.
+- Trained on the dataset with digest `{dataset_digest}`. The recipe of each member with its seed,
+  software versions and the bundle's id are in `bundle.json`. The licence of the weights is that of
+  the initial weights and of the training scans: whoever shares them states it here.
 
 {figures}
 Limits: neighbouring slices of one patient may stand on both sides of the split where the scans
@@ -58,12 +59,17 @@ _TESTED = (
 )
 
 
-def model_card(info: BundleInfo, figures: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    info: BundleInfo,
+    figures: Mapping[str, Any] | None = None,
+    tested: EvaluatedScans | None = None,
+) -> str:
     """Return the card.
 
     Args:
         info: the bundle's facts.
         figures: of metrics.json; None gives those of validation.
+        tested: what the figures are of.
     """
     members = "; ".join(
         f"{m.name} ({m.model.backbone}, {m.preprocess.size_px} px, initial weights "
@@ -78,15 +84,23 @@ def model_card(info: BundleInfo, figures: Mapping[str, Any] | None = None) -> st
         healthy_above=info.review.healthy_above,
         missed=info.review.max_missed_tumor_rate,
         dataset_digest=info.provenance["dataset_digest"][:16],
-        figures=_VALIDATION.format(**info.metrics) if figures is None else _tested(figures),
+        figures=_VALIDATION.format(**info.metrics)
+        if figures is None or tested is None
+        else _tested(figures, tested),
     )
 
 
-def _tested(figures: Mapping[str, Any]) -> str:
+def _tested(figures: Mapping[str, Any], tested: EvaluatedScans) -> str:
     clean = figures["clean"]
+    whence = "another source" if tested.split_by == "external" else "the test split"
+    unseen = (
+        "none with a copy in training"
+        if tested.copies_found
+        else ("none trained on; copies were not looked for")
+    )
     lines = [
-        f"| on {clean['num_scans']} test scans of {clean['num_families']} families, none with a "
-        "copy in training | by scan | one per family |",
+        f"| on {clean['num_scans']} scans of {clean['num_families']} families of {whence} "
+        f"(`{tested.digest[:16]}`), {unseen} | by scan | one per family |",
         "|---|---|---|",
     ]
     for key, title in _TESTED:

@@ -88,7 +88,7 @@ def write_report(
         for name in ("report.html", "checklist.html")
     }
     pages |= {f"{name}.png": png for name, png in pictures.items()}
-    pages["MODEL_CARD.md"] = model_card(bundle, figures).encode()
+    pages["MODEL_CARD.md"] = model_card(bundle, figures, tested).encode()
     for name, content in pages.items():
         storage.write_bytes(storage.join(location, name), content)
     storage.write_table(storage.join(location, "predictions.parquet"), predictions)

@@ -157,21 +157,35 @@ def test_external_scans_and_several_models_say_what_was_seen_in_training(chain, 
     trained = Dataset(str(chain.data)).split("train").to_pylist()
     known = next(row for row in trained if row["format"] == "PNG")
     with zipfile.ZipFile(chain.archive) as archive:
-        (source / known["label"] / "known.png").write_bytes(archive.read(known["member"]))
+        content = archive.read(known["member"])
+    (source / known["label"] / "known.png").write_bytes(content)
+    mirrored = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE)[:, ::-1]
+    cv2.imwrite(str(source / known["label"] / "mirrored.jpg"), mirrored)
     (source / "glioma" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     words = ("evaluate", chain.bundle, chain.runs[0], "--data", source, "-o", out)
-    assert bt(*words, "--no-depth", "--require", "all.num_scans>=13") == 3
+    assert bt(*words, "--no-depth", "--require", "all.num_scans>=14") == 3
     said = capfd.readouterr().out
-    assert said.count("required all.num_scans >= 13: 13.0000, met") == 2
+    assert said.count("required all.num_scans >= 14: 14.0000, met") == 2
+    assert "copies of training scans were not looked for" in said
     assert "bundle - cnn_small: accuracy" in said or "cnn_small - bundle: accuracy" in said
     assert len(json.loads((out / "comparison.json").read_text())["models"]) == 2
     for name in ("bundle", "cnn_small"):
         metrics = json.loads((out / name / "metrics.json").read_text())
-        assert (metrics["all"]["num_scans"], metrics["clean"]["num_scans"]) == (13, 12)
-        assert metrics["flow"]["num_scans"] == 14
-        assert "1 of 13 were trained on" in (out / name / "report.html").read_text()
+        assert metrics["all"]["num_scans"] == 14
+        assert metrics["clean"]["num_scans"] == 12, "the mirrored one stands with the known one"
+        assert metrics["flow"]["num_scans"] == 15
+        page = (out / name / "report.html").read_text()
+        assert "2 of 14 were trained on" in page
+        assert "not looked for" in page
     assert Bundle(str(out / "bundles" / "cnn_small")).info.members[0].name == "cnn_small"
     assert bt(*words, "--no-depth") == 2, "reports are not overwritten"
+    (source / known["label"] / "known.png").unlink()
+    words = ("evaluate", chain.bundle, "--data", source, "-o", tmp_path / "again", "--no-depth")
+    assert bt(*words, "--trained-on", chain.data) == 3
+    metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert (metrics["all"]["num_scans"], metrics["clean"]["num_scans"]) == (13, 12)
+    assert "not looked for" not in (tmp_path / "again" / "report.html").read_text()
+    assert bt("evaluate", chain.bundle, "--data", source, "-o", source / "in") == 2
 
 
 def test_reports_are_held_against_each_other_and_against_a_requirement(chain, tmp_path, capfd):

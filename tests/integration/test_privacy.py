@@ -90,6 +90,8 @@ def test_no_artefact_holds_patient_data(chain, source, tmp_path, capfd, monkeypa
     assert bt("explore", source, "-o", tmp_path / "explore") == 3
     assert bt("score", chain.bundle, source, "-o", tmp_path / "scores") == 3
     assert bt("score", chain.bundle, source, "-o", tmp_path / "audit" / "audit.json") in (1, 2)
+    assert bt("evaluate", chain.bundle, "--data", source, "-o", tmp_path / "report") == 3
+    assert (tmp_path / "report" / "explanations.parquet").exists()
     printed = "".join(capfd.readouterr())
     assert CANARY not in printed
     written = list(texts_below(tmp_path))
