@@ -6,6 +6,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import yaml
+from scipy.special import softmax
 
 from bt_core.training.engine import SCORE
 from bt_core.training.noise import ALPHA, Counts, count, family_accuracy, ranks
@@ -15,6 +16,7 @@ from bt_core.training.trial import TrialRecord
 Row = dict[str, Any]
 _FIGURES: Final = (SCORE, "val_accuracy", "val_macro_f1", "val_log_loss")
 _BY_FAMILY: Final = ("family_accuracy", "family_accuracy_low", "family_accuracy_high")
+TOGETHER: Final = ("seeds_together", "seeds_together_low", "seeds_together_high")
 _ORDER: Final = {"finished": 0, "stopped": 1, "running": 2, "failed": 3}
 
 
@@ -51,6 +53,9 @@ def leaderboard(
                 rank=rank, tied=p >= ALPHA, p_against_leader=p, spread=spread
             )
             by_id[record.trial_id] |= zip(_BY_FAMILY, family_accuracy(own), strict=True)
+            if len(spec.seeds) > 1:
+                [joint] = _counts([_seeds_together(predictions[record.trial_id])], group_of)
+                by_id[record.trial_id] |= zip(TOGETHER, family_accuracy(joint), strict=True)
 
     def place_of(row: Row) -> tuple[Any, ...]:
         score = row["score"]
@@ -72,6 +77,18 @@ def _counts(tables: Sequence[pa.Table], group_of: dict[str, str]) -> list[Counts
     return found
 
 
+def _seeds_together(table: pa.Table) -> pa.Table:
+    """Return one row for each scan: what an ensemble of the seeds, of equal weights, answers."""
+    ids, place_N = np.unique(np.array(table["scan_id"].to_pylist()), return_inverse=True)
+    probs_NK = softmax(np.array(table["logits"].to_pylist(), dtype=np.float64), axis=1)
+    sum_UK = np.zeros((len(ids), probs_NK.shape[1]))
+    np.add.at(sum_UK, place_N, probs_NK)
+    label_U = np.zeros(len(ids), dtype=int)
+    label_U[place_N] = table["label"].to_numpy()
+    logits = np.log(np.maximum(sum_UK, 1e-300)).tolist()
+    return pa.table({"scan_id": ids.tolist(), "label": label_U, "logits": logits})
+
+
 def _row(record: TrialRecord, spec: SweepSpec) -> Row:
     row: Row = {
         "rank": None,
@@ -82,7 +99,7 @@ def _row(record: TrialRecord, spec: SweepSpec) -> Row:
         "spread": None,
         "p_against_leader": None,
         **{name: record.mean(name) for name in _FIGURES},
-        **dict.fromkeys(_BY_FAMILY),
+        **dict.fromkeys((*_BY_FAMILY, *(TOGETHER if len(spec.seeds) > 1 else ()))),
         "keep": str(record.recipe.get("train", {}).get("keep", "best")),
         "status": record.status,
         "reason": record.reason,
@@ -115,7 +132,8 @@ def to_table(rows: Sequence[Row], space: Sequence[str]) -> pa.Table:
 def text_table(rows: Sequence[Row], spec: SweepSpec) -> str:
     """Return the leaderboard as lines for a terminal; `=` marks models tied with the leader."""
     head = ["rank", "trial", "recipe", *spec.space, spec.metric, "spread", "one per family"]
-    head += ["epochs", "outcome"]
+    several = len(spec.seeds) > 1
+    head += [*(["seeds together"] if several else []), "epochs", "outcome"]
     body = [
         [
             f"{'=' if row['tied'] and not alone(rows) else ''}{row['rank'] or '-'}",
@@ -125,6 +143,7 @@ def text_table(rows: Sequence[Row], spec: SweepSpec) -> str:
             short(row["score"], 4),
             short(row["spread"], 4),
             by_family(row),
+            *([by_family(row, TOGETHER)] if several else []),
             str(row["num_epochs"]),
             "; ".join(part for part in (row["status"], row["reason"], row["notes"]) if part),
         ]
@@ -166,9 +185,9 @@ def _chosen_on(rows: Sequence[Row]) -> str:
     return "; the scans behind these figures also chose each training's epoch (train.keep: best)"
 
 
-def by_family(row: Row) -> str:
+def by_family(row: Row, names: Sequence[str] = _BY_FAMILY) -> str:
     """Return the accuracy over one scan per family with its interval, or a dash."""
-    accuracy, low, high = (row[name] for name in _BY_FAMILY)
+    accuracy, low, high = (row.get(name) for name in names)
     return "-" if accuracy is None else f"{accuracy:.3f} [{low:.3f}, {high:.3f}]"
 
 

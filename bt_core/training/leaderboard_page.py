@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from bt_core import storage
 from bt_core.data.page import figure_png, render
-from bt_core.training.leaderboard import Row, alone, by_family, noise_note, short
+from bt_core.training.leaderboard import TOGETHER, Row, alone, by_family, noise_note, short
 from bt_core.training.sweep import MODES, SweepSpec
 
 _MARGIN: Final = 0.06
@@ -27,6 +27,7 @@ def write_page(location: str, rows: Sequence[Row], spec: SweepSpec) -> None:
         keys=list(spec.space),
         short=short,
         by_family=by_family,
+        together=TOGETHER,
         alone=alone(rows),
         note=noise_note(rows, spec),
         picture=parallel_coordinates_png(rows, spec),

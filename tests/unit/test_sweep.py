@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import timm
+from scipy.special import softmax
 from scipy.stats import t as student
 from scipy.stats import ttest_rel
 from sklearn.metrics import accuracy_score, f1_score, log_loss
@@ -393,6 +394,25 @@ def test_the_leaderboard_puts_finished_before_stopped_before_failed():
     table = to_table(rows, ["a"])
     assert table["a"].to_pylist() == ["[1]"] * 4
     assert table.num_rows == 4
+
+
+def test_seeds_answer_together_as_an_ensemble_would():
+    rng = np.random.default_rng(4)
+    labels_N = rng.integers(3, size=400)
+    logits = rng.normal(size=(2, 400, 3))
+    logits[:, np.arange(400), labels_N] += 1.5
+    ids = [str(i) for i in range(400)]
+    table = pa.concat_tables(
+        pa.table({"scan_id": ids, "label": labels_N, "logits": own.tolist()}) for own in logits
+    )
+    record = record_of("a", scores=(0.7,) * 4)
+    rows = leaderboard([record], {"a": table}, {i: i for i in ids}, spec_of(folds=2, seeds=[0, 1]))
+    joint = (softmax(logits, axis=2).mean(0).argmax(1) == labels_N).mean()
+    assert rows[0]["seeds_together"] == pytest.approx(joint)
+    assert rows[0]["family_accuracy"] < joint
+    assert "seeds together" in text_table(rows, spec_of(folds=2, seeds=[0, 1]))
+    alone = leaderboard([record], {"a": table}, {i: i for i in ids}, spec_of(folds=4))
+    assert "seeds_together" not in alone[0]
 
 
 def test_reasons_begin_with_a_code():
