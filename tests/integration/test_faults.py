@@ -190,7 +190,7 @@ def test_a_source_that_changed_since_prepare_is_noticed(chain, tmp_path, capfd):
     assert "the source has changed" in capfd.readouterr().err
     assert not (tmp_path / "out" / "metrics.json").exists()
     views = sorted((data / "views").iterdir())
-    with pytest.raises(ValueError, match="prepare it again"):
+    with pytest.raises(ray.exceptions.RayTaskError, match="prepare it again"):
         ensure_view(Dataset(str(data)), PreprocessSpec(size_px=40))
     assert sorted((data / "views").iterdir()) == views, "no half of a view is left"
 
