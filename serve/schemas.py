@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from bt_core.models.bundle import ReviewInfo
+
 
 class Prediction(BaseModel):
     """The answer for one scan; the fields of a score row."""
@@ -24,7 +26,7 @@ class Prediction(BaseModel):
         description="Classes that hold the truth at the bundle's conformal level."
     )
     members_used: list[str]
-    seen_in_training: bool = Field(description="The same pixels were trained on.")
+    seen_in_training: bool = Field(description="A scan of the same pixels trained or chose it.")
     bundle_id: str
     preprocess_digest: str
 
@@ -42,7 +44,7 @@ class ModelDescription(BaseModel):
     task: str
     labels: list[str]
     members: list[dict[str, Any]]
-    review: dict[str, float]
+    review: ReviewInfo
     validation_metrics: dict[str, Any]
     provenance: dict[str, Any]
     notice: str = "For research. Not a medical device."

@@ -187,6 +187,7 @@ def test_the_service_describes_itself(service, chain):
     model = requests.get(f"{service}/v1/model", timeout=60).json()
     assert model["bundle_id"] == bundle_id
     assert model["labels"] == ["glioma", "meningioma", "no_tumor", "pituitary"]
+    assert model["review"]["conformal_min_probs"].keys() == set(model["labels"])
     document = requests.get(f"{service}/openapi.json", timeout=60).json()
     answers = document["paths"]["/v1/predictions"]["post"]["responses"]
     assert "example" in answers["200"]["content"]["application/json"]
