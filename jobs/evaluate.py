@@ -88,7 +88,7 @@ def run(
     shares = class_shares(prevalence, space.names) if prevalence else None
     all_figures, scans, is_whole = {}, {}, True
     with session():
-        for name, (truth, tested) in _truths(data, bundles, is_dataset, trained_on).items():
+        for name, (truth, tested) in _truths(data, bundles, space, is_dataset, trained_on).items():
             one = _Evaluation(bundles[name], truth, tested, places[name], device, shares, depth)
             all_figures[name], scans[name] = one.run()
             print(f"report in {storage.join(places[name], 'report.html')}")
@@ -189,8 +189,6 @@ class _Evaluation:
 
 def _places(models: list[str], out: str, overwrite: bool) -> dict[str, str]:
     """Return each model's name and the folder of its report; make room there or refuse."""
-    from bt_core.evaluation.pages import clear_report
-
     names = [os.path.basename(storage.absolute(model)) for model in models]
     if len(set(names)) < len(names):
         raise UsageError(f"two models are named alike ({', '.join(names)}); rename a folder")
@@ -200,7 +198,6 @@ def _places(models: list[str], out: str, overwrite: bool) -> dict[str, str]:
             if storage.exists(storage.join(place, name)) and not overwrite:
                 raise UsageError(f"{place} holds {name}; choose another -o, or pass --overwrite")
         clear_scores(place)
-        clear_report(place)
     return places
 
 
@@ -227,14 +224,17 @@ def _common_space(bundles: dict[str, "Bundle"]) -> "LabelSpace":
 
 
 def _truths(
-    data: str, bundles: dict[str, "Bundle"], is_dataset: bool, trained_on: str | None
+    data: str,
+    bundles: dict[str, "Bundle"],
+    space: "LabelSpace",
+    is_dataset: bool,
+    trained_on: str | None,
 ) -> dict[str, tuple["pa.Table", "EvaluatedScans"]]:
     """Return for each model the catalog rows that it is evaluated on, and what they are."""
     from bt_core.data.catalog import Dataset
     from bt_core.evaluation.evaluated import of_dataset, of_source
     from bt_core.scans.identity import hash_key
 
-    space = _common_space(bundles)
     if not is_dataset:
         trained = Dataset(trained_on) if trained_on else None
         for name, bundle in bundles.items():

@@ -21,7 +21,7 @@ from bt_core.evaluation.intervals import DEFINED, FEWEST, LEVEL, draw_families, 
 from bt_core.evaluation.metrics import figures_of
 from bt_core.evaluation.predictions import Scans
 from bt_core.labels import LabelSpace
-from bt_core.training.noise import ALPHA, holm, metric_of
+from bt_core.training.noise import ALPHA, count, holm, metric_of
 
 COMPARED: Final = ("accuracy", "macro_f1", "macro_auc", "log_loss", "missed_tumor_rate")
 _NUM_PERMUTATIONS: Final = 9_999
@@ -50,7 +50,9 @@ def compare(models: Mapping[str, Scans], space: LabelSpace) -> dict[str, Any]:
     names = list(aligned)
     first = aligned[names[0]]
     estimates = {
-        name: estimate(s.labels_N, s.probs_NK, s.family_N, space.names, space.healthy)["by_scan"]
+        name: estimate(
+            s.labels_N, s.probs_NK, s.family_N, space.names, space.healthy, units=("by_scan",)
+        )["by_scan"]
         for name, s in aligned.items()
     }
     p_MM = np.ones((len(names), len(names)))
@@ -118,13 +120,11 @@ def _halves(one: Scans, other: Scans) -> tuple[np.ndarray, np.ndarray]:
 
     An exchange turns the sign of a family's difference, so any confusion matrix is one product.
     """
-    num_families, num_classes = int(one.family_N.max()) + 1, one.probs_NK.shape[1]
-    counts = []
-    for scans in (one, other):
-        counts_FKK = np.zeros((num_families, num_classes, num_classes))
-        np.add.at(counts_FKK, (scans.family_N, scans.labels_N, scans.probs_NK.argmax(1)), 1.0)
-        counts.append(counts_FKK)
-    return (counts[0] + counts[1]).sum(0) / 2, (counts[0] - counts[1]) / 2
+    num_families = int(one.family_N.max()) + 1
+    left_FKK, right_FKK = (
+        count(s.labels_N, s.probs_NK, s.family_N, num_families).confusion_FKK for s in (one, other)
+    )
+    return (left_FKK + right_FKK).sum(0) / 2, (left_FKK - right_FKK) / 2
 
 
 def _draws(scans: Scans, space: LabelSpace) -> dict[str, np.ndarray]:

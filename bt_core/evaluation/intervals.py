@@ -126,6 +126,7 @@ def estimate(
     prevalence_K: np.ndarray | None = None,
     num_draws: int = NUM_DRAWS,
     seed: int = 0,
+    units: Sequence[str] = ("by_scan", "by_family"),
 ) -> dict[str, dict[str, Estimate]]:
     """Return every figure with its interval, with each scan counting once and each family once.
 
@@ -138,6 +139,7 @@ def estimate(
         prevalence_K: see `metrics.figures_of`.
         num_draws: D.
         seed: of the draws.
+        units: which of the two are wanted.
 
     Returns:
         `by_scan` and `by_family`: name of the figure to its estimate. In the second, a scan weighs
@@ -158,7 +160,8 @@ def estimate(
 
     found = {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for unit, weight_N in weights.items():
+        for unit in units:
+            weight_N = weights[unit]
             base_of = _bases(labels_N, probs_NK, weight_N, family_N, names, healthy)
             plain = figures(weight_N, np.ones((1, len(size_F))))
             blocks = [counts_DF[i : i + _AT_ONCE] for i in range(0, num_draws, _AT_ONCE)]

@@ -13,6 +13,7 @@ Shape suffixes: N scans, K classes, D weightings, G groups of equal scores.
 from collections.abc import Sequence
 
 import numpy as np
+import sklearn.metrics
 
 Figures = dict[str, np.ndarray]
 """Name to one value per weighting (`accuracy`, `macro_f1`, `glioma.recall`)."""
@@ -90,9 +91,10 @@ def denominators(
 
 def confusion_matrix(labels_N: np.ndarray, probs_NK: np.ndarray) -> np.ndarray:
     """Return counts_KK, rows are true classes."""
-    counts_KK = np.zeros((probs_NK.shape[1],) * 2, dtype=int)
-    np.add.at(counts_KK, (labels_N, probs_NK.argmax(1)), 1)
-    return counts_KK
+    classes = np.arange(probs_NK.shape[1])
+    return np.asarray(
+        sklearn.metrics.confusion_matrix(labels_N, probs_NK.argmax(1), labels=classes)
+    )
 
 
 def _of_counts(counts_DKK: np.ndarray, names: Sequence[str], healthy: int) -> Figures:

@@ -63,7 +63,16 @@ def write_report(
         RunError: if there are no clean figures; a report without them would mislead.
     """
     refuse_without_clean(figures)
-    pictures = _pictures(predictions, explained, figures, bundle)
+    space = bundle.label_space
+    scans = Scans.of(predictions, space)
+    clean = scans.where(scans.clean_N)
+    chosen = chosen_scans(clean, space)
+    figures["explanations"] = None
+    if explained is not None:
+        sample = set(chosen["sample"])
+        rows = [row for row in explained.to_pylist() if row["scan_id"] in sample]
+        figures["explanations"] = map_figures(rows)
+    pictures = _pictures(predictions, explained, figures, bundle, clean, chosen)
     provenance = {
         "bundle_id": bundle.bundle_id,
         "dataset_digest": tested.digest,
@@ -89,11 +98,13 @@ def write_report(
     }
     pages |= {f"{name}.png": png for name, png in pictures.items()}
     pages["MODEL_CARD.md"] = model_card(bundle, figures, tested).encode()
+    if storage.exists(storage.join(location, "metrics.json")):
+        _clear(location)
     for name, content in pages.items():
         storage.write_bytes(storage.join(location, name), content)
     storage.write_table(storage.join(location, "predictions.parquet"), predictions)
     if explained is not None:
-        maps = _without_hidden_pictures(predictions, explained, bundle)
+        maps = _without_hidden_pictures(explained, {i for kind in KINDS for i in chosen[kind]})
         storage.write_table(storage.join(location, "explanations.parquet"), maps)
     inputs = {"bundle": bundle.model_dump(mode="json"), "tested": tested.model_dump(mode="json")}
     storage.write_json(storage.join(location, "inputs.json"), inputs)
@@ -109,7 +120,7 @@ def refuse_without_clean(figures: dict[str, Any]) -> None:
         )
 
 
-def clear_report(location: str) -> None:
+def _clear(location: str) -> None:
     """Remove what an earlier report left, so that nothing of it is taken for the next one's."""
     for name in storage.list_files(location):
         own = name.endswith(".png") and name.removesuffix(".png").split("_")[0] in _PICTURES
@@ -149,13 +160,8 @@ def read_report(
     )
 
 
-def _without_hidden_pictures(
-    predictions: pa.Table, explained: pa.Table, bundle: BundleInfo
-) -> pa.Table:
+def _without_hidden_pictures(explained: pa.Table, shown: set[str]) -> pa.Table:
     """Keep the pictures of the scans on the sheets alone; those by chance gave figures only."""
-    scans = Scans.of(predictions, bundle.label_space)
-    chosen = chosen_scans(scans.where(scans.clean_N), bundle.label_space)
-    shown = {i for kind in KINDS for i in chosen[kind]}
     for name in ("image", "heat"):
         values = [row[name] if row["scan_id"] in shown else None for row in explained.to_pylist()]
         place = explained.schema.get_field_index(name)
@@ -164,22 +170,20 @@ def _without_hidden_pictures(
 
 
 def _pictures(
-    predictions: pa.Table, explained: pa.Table | None, figures: dict[str, Any], bundle: BundleInfo
+    predictions: pa.Table,
+    explained: pa.Table | None,
+    figures: dict[str, Any],
+    bundle: BundleInfo,
+    clean: Scans,
+    chosen: dict[str, list[str]],
 ) -> dict[str, bytes]:
     space = bundle.label_space
-    scans = Scans.of(predictions, space)
-    clean = scans.where(scans.clean_N)
     pictures = plots.report_pictures(figures, clean, space)
     pictures |= plots.embedding_pictures(predictions, clean, space)
     for name, member in bundle.provenance.get("members", {}).items():
         if member.get("history"):
             pictures[f"training_{name}"] = plots.training_curves_png(member["history"])
-    figures["explanations"] = None
     if explained is not None:
-        chosen = chosen_scans(clean, space)
         labels = zip(clean.scan_id, clean.labels_N, strict=True)
         pictures |= sheets(explained, chosen, {str(i): space.names[k] for i, k in labels})
-        sample = set(chosen["sample"])
-        rows = [row for row in explained.to_pylist() if row["scan_id"] in sample]
-        figures["explanations"] = map_figures(rows)
     return pictures

@@ -50,12 +50,14 @@ def evaluate(
     space = bundle.label_space
     scans = Scans.of(predictions, space)
     clean = scans.where(scans.clean_N)
-    subsets = {"clean": clean, "all": scans, "answered": clean.where(clean.scored_N)}
+    subsets = {"clean": clean, "answered": clean.where(clean.scored_N)}
     statuses = [predictions[name].to_pylist() for name in ("status", "reason")]
     reasons = Counter(
         f"{s}: {reason}" if reason else s for s, reason in zip(*statuses, strict=True)
     )
     figures = {name: _figures(part, bundle, prevalence) for name, part in subsets.items()}
+    same = len(clean) == len(scans)  # then nothing is computed twice
+    figures["all"] = figures["clean"] if same else _figures(scans, bundle, prevalence)
     return {
         "schema_version": SCHEMA_VERSION,
         "task": space.task,

@@ -87,7 +87,13 @@ def robustness_figures(
     points: dict[str, list[dict[str, Any]]] = {}
     for (name, strength), probs_NK in zip(variants(), probs_VNK, strict=True):
         figures = estimate(
-            labels_N, probs_NK, family_N, space.names, space.healthy, num_draws=_NUM_DRAWS
+            labels_N,
+            probs_NK,
+            family_N,
+            space.names,
+            space.healthy,
+            num_draws=_NUM_DRAWS,
+            units=("by_scan",),
         )["by_scan"]
         shown = {n: figures[n].model_dump() for n in ("accuracy", "missed_tumor_rate")}
         points.setdefault(name, []).append({"strength": strength, **shown})

@@ -35,7 +35,7 @@ def slice_figures(scans: Scans, space: LabelSpace) -> dict[str, Any]:
             part = scans.where(chosen_N)
             figures = estimate(
                 part.labels_N, part.probs_NK, part.family_N, space.names, space.healthy,
-                num_draws=_NUM_DRAWS,
+                num_draws=_NUM_DRAWS, units=("by_scan",),
             )["by_scan"]  # fmt: skip
             counts = np.bincount(part.labels_N, minlength=space.num_classes)
             found.append(

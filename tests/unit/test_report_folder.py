@@ -118,6 +118,20 @@ def test_a_report_is_made_again_from_its_own_tables(written, tmp_path):
         read_report(str(tmp_path / "nothing"))
 
 
+def test_a_new_report_removes_the_old_ones_files_and_nobody_elses(tmp_path):
+    predictions, figures = predictions_of(), evaluate(predictions_of(), TRAINED)
+    foreign = tmp_path / "sheet_music.png"
+    foreign.write_bytes(b"mine")
+    write_report(str(tmp_path), predictions, maps_of(predictions), figures, TRAINED, TESTED)
+    assert foreign.read_bytes() == b"mine", "there was no report before"
+    (tmp_path / "notes.png").write_bytes(b"mine")
+    write_report(str(tmp_path), predictions, None, figures, TRAINED, TESTED)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert "notes.png" in left
+    assert not left & {"explanations.parquet", "sheet_wrong.png", "sheet_right.png"}
+    assert json.loads((tmp_path / "metrics.json").read_text())["explanations"] is None
+
+
 def test_every_point_of_the_checklist_is_answered_or_says_why_not(written):
     metrics = json.loads((written / "metrics.json").read_text())
     points = checklist(metrics, TRAINED, TESTED)
