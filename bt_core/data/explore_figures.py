@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from bt_core.data.explore import PROPERTIES, TESTED, numbers, of_class, property_values
 from bt_core.data.explore_stage import PICTURE_PX, THUMBNAIL_PX, unpacked
-from bt_core.data.page import BLUE, ORANGE
+from bt_core.data.page import BLUE, ORANGE, readable
 from bt_core.scans import views
 from bt_core.scans.preprocess import ClaheSpec
 
@@ -42,11 +42,6 @@ _VIEWS: Final[tuple[View, ...]] = (
     ("CLAHE 2.0, 16x16", lambda image_HW: views.clahe(image_HW, _CLAHE_16)),
     ("equalised", views.equalised),
 )
-
-
-def readable(name: str) -> str:
-    """Return a class or feature name without underscores, and safe from matplotlib's mathtext."""
-    return name.replace("_", " ").replace("$", r"\$")
 
 
 def class_counts(counts: dict[str, dict[str, int]]) -> Figure:

@@ -21,6 +21,11 @@ def figure_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def readable(name: str) -> str:
+    """Return a class or feature name without underscores, and safe from matplotlib's mathtext."""
+    return name.replace("_", " ").replace("$", r"\$")
+
+
 def render(package: str, template: str, **values: Any) -> bytes:
     """Return an HTML page of a package's template, with every value escaped.
 

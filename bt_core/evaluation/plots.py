@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from bt_core.data.page import BLUE, ORANGE, figure_png
+from bt_core.data.page import BLUE, ORANGE, figure_png, readable
 from bt_core.evaluation.predictions import Scans
 from bt_core.labels import LabelSpace
 
@@ -42,9 +42,9 @@ def confusion_matrix_png(matrix_KK: Sequence[Sequence[int]], names: Sequence[str
         text = f"{counts[row, column]}\n{share:.0%}"
         colour = "white" if share > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
-    readable = [_readable(name) for name in names]
-    axes.set_xticks(range(len(names)), readable, rotation=30, ha="right")
-    axes.set_yticks(range(len(names)), readable)
+    titles = [readable(name) for name in names]
+    axes.set_xticks(range(len(names)), titles, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), titles)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     return figure_png(figure)
@@ -70,7 +70,7 @@ def _classes_png(figures: dict[str, Any], space: LabelSpace) -> bytes:
             capsize=3,
             label="F1" if kind == "f1" else kind,
         )
-    axes.set_xticks(range(space.num_classes), [_readable(name) for name in space.names])
+    axes.set_xticks(range(space.num_classes), [readable(name) for name in space.names])
     axes.set_ylabel("figure, 95 % interval")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -86,9 +86,9 @@ def _curves_png(scans: Scans, space: LabelSpace) -> bytes:
         if not own_N.any() or own_N.all():
             continue
         false_alarms, found, _ = roc_curve(own_N, score_N)
-        left.plot(false_alarms, found, label=_readable(name))
+        left.plot(false_alarms, found, label=readable(name))
         precision, recall, _ = precision_recall_curve(own_N, score_N)
-        right.plot(recall, precision, label=_readable(name))
+        right.plot(recall, precision, label=readable(name))
     left.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
     _label(left, "false-positive rate (1 - specificity)", "recall (sensitivity)")
     _label(right, "recall (sensitivity)", "precision (PPV)")
@@ -148,7 +148,7 @@ def _decision_curves_png(curves: dict[str, Any]) -> bytes:
         axes.axhline(0, color="grey", linestyle=":", label="treat none")
         top = max(*curve["model"], 0.05)
         axes.set_ylim(-0.15 * top, 1.1 * top)
-        axes.set_title(f"{_readable(question)}, at {curve['prevalence']:.1%} of scans", fontsize=9)
+        axes.set_title(f"{readable(question)}, at {curve['prevalence']:.1%} of scans", fontsize=9)
         _label(axes, "threshold probability", "net benefit")
     return figure_png(figure)
 
@@ -193,7 +193,7 @@ def embedding_pictures(predictions: pa.Table, clean: Scans, space: LabelSpace) -
     labels, said = (np.array(table[n].to_pylist()) for n in ("label", "predicted_label"))
     for name in space.names:
         own = labels == name
-        axes.scatter(x_N[own], y_N[own], s=8, label=_readable(name))
+        axes.scatter(x_N[own], y_N[own], s=8, label=readable(name))
     wrong = labels != said
     axes.scatter(
         x_N[wrong], y_N[wrong], s=36, facecolors="none", edgecolors="black", label="wrong answer"
@@ -209,10 +209,6 @@ def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-
-
-def _readable(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def training_curves_png(history: Sequence[dict[str, Any]]) -> bytes:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bt_core.data.page import figure_png
+from bt_core.data.page import figure_png, readable
 from bt_core.evaluation.explainer import FIGURES
 from bt_core.evaluation.predictions import Scans
 from bt_core.labels import LabelSpace
@@ -102,9 +102,9 @@ def overlay_png(row: Mapping[str, Any]) -> bytes:
     left.set_axis_off()
     _draw_overlay(right, row)
     figure.suptitle(
-        f"{_readable(row['predicted_label'])}, confidence {row['confidence']:.3f}"
+        f"{readable(row['predicted_label'])}, confidence {row['confidence']:.3f}"
         f"{' (for review)' if row['status'] == 'deferred' else ''}; "
-        f"{_readable(row['method'])}; not a medical device",
+        f"{readable(row['method'])}; not a medical device",
         fontsize=9,
     )
     return figure_png(figure)
@@ -124,7 +124,7 @@ def sheet_png(rows: Sequence[Mapping[str, Any]], label_of: Mapping[str, str]) ->
         axes = figure.add_subplot(lines, columns, number)
         _draw_overlay(axes, row)
         said, true = row["predicted_label"], label_of[row["scan_id"]]
-        title = _readable(said) if said == true else f"{_readable(said)}\nis {_readable(true)}"
+        title = readable(said) if said == true else f"{readable(said)}\nis {readable(true)}"
         axes.set_title(f"{title}, {row['confidence']:.2f}", fontsize=7)
     return figure_png(figure)
 
@@ -151,7 +151,3 @@ def _draw_overlay(axes: Axes, row: Mapping[str, Any]) -> None:
 
 def _square(row: Mapping[str, Any], name: str) -> np.ndarray:
     return np.frombuffer(row[name], np.uint8).reshape(row["size_px"], row["size_px"])
-
-
-def _readable(name: str) -> str:
-    return name.replace("_", " ")
