@@ -17,6 +17,7 @@ from bt_core.errors import RunError
 from bt_core.models.classifier import Classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.training.augment import augment, build_mixing
+from bt_core.training.cpu import FastDepthwise
 from bt_core.training.losses import build_loss
 from bt_core.training.recipe import Recipe
 from bt_core.training.spec import TrainSpec
@@ -201,7 +202,8 @@ class Learner:
         unit_B1SS = self._preprocessor.to_unit(torch.tensor(batch["pixels"]).to(device))
         changed_B1SS = augment(unit_B1SS, self._recipe.augment, generator)
         images_BCSS, targets_BK = self._mix(self._preprocessor.normalize(changed_B1SS), labels_B)
-        with torch.autocast(device.type, self._dtype, enabled=self._dtype is not None):
+        narrow = torch.autocast(device.type, self._dtype, enabled=self._dtype is not None)
+        with narrow, FastDepthwise() if device.type == "cpu" else nullcontext():
             logits_BK = self._wrapped(images_BCSS.contiguous(memory_format=torch.channels_last))
         loss: torch.Tensor = self._loss_fn(logits_BK.float(), targets_BK)
         return loss

@@ -16,6 +16,7 @@ from bt_core.errors import ConfigError, UsageError, WeightsError
 from bt_core.log import logger
 from bt_core.models.classifier import build_classifier
 from bt_core.models.weights import check_weights
+from bt_core.training.cpu import set_up_process
 from bt_core.training.engine import KEPT, SCORE, Predictions
 from bt_core.training.folds import load_rows, train_fold
 from bt_core.training.learner import DivergedError, is_out_of_memory
@@ -101,7 +102,7 @@ def run_trial(
     Raises:
         ConfigError, WeightsError, RunError: if it cannot be trained.
     """
-    torch.set_num_threads(record.num_threads)
+    set_up_process(record.num_threads)
     started = time.perf_counter()
     recipe = parse(Recipe, record.recipe, f"recipe of trial {record.trial_id}")
     view = storage.join(dataset.location, "views", record.view)

@@ -1,0 +1,128 @@
+"""What training does differently on CPUs: memory that stays, and one gradient made faster.
+
+Shape suffixes: B batch, C channels, H height, W width.
+"""
+
+import ctypes
+import sys
+from typing import Any, Final
+
+import torch
+from torch.nn.grad import conv2d_weight
+from torch.overrides import TorchFunctionMode
+
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
+_KEPT_BYTES: Final = 2**31 - 1
+
+
+def set_up_process(num_threads: int) -> None:
+    """Give this process its threads, and let it keep the memory of large tensors.
+
+    glibc hands every large tensor back to the system and pages the next one in again, in Ray's
+    threads above all: MobileNetV2 at 192 px trained at 45 images/s on two threads, at 65 with this.
+    """
+    torch.set_num_threads(num_threads)
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt is not None:
+            mallopt(_M_ARENA_MAX, 1)
+            mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+            mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+class FastDepthwise(TorchFunctionMode):
+    """While active, strided depthwise convolutions get their input's gradient faster on CPUs.
+
+    oneDNN has no fast kernel for it: at 96x96x96, a batch of 32 in bf16, it takes 96 ms where the
+    forward pass takes 3. The same sum is a convolution of stride 1 over the gradient with zeros put
+    between, which takes 12. All results stay as they are.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute what torch would."""
+        if func is torch.conv2d:
+            return _conv2d(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """Take the arguments of `torch.conv2d`."""
+    steps, filled = _pair(stride), (0, 0) if isinstance(padding, str) else _pair(padding)
+    is_ours = (
+        input.requires_grad
+        and input.ndim == 4
+        and groups == input.shape[1] == len(weight) > 1
+        and max(steps) > 1
+        and not isinstance(padding, str)
+        and _pair(dilation) == (1, 1)
+        and all(pad < side for pad, side in zip(filled, weight.shape[2:], strict=True))
+    )
+    if not is_ours:
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    device = input.device.type
+    if torch.is_autocast_enabled(device):  # a Function's arguments are not cast
+        dtype = torch.get_autocast_dtype(device)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    output: torch.Tensor = _Depthwise.apply(input, weight, steps, filled)
+    return output if bias is None else output + bias[:, None, None]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = (value, value) if isinstance(value, int) else value
+    return int(first), int(second)
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_BCHW: torch.Tensor,
+        weight: torch.Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(input_BCHW, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return torch.conv2d(input_BCHW, weight, None, stride, padding, 1, len(weight))
+
+    @staticmethod
+    def backward(
+        ctx: Any, *gradients: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        (gradient,) = gradients
+        input_BCHW, weight = ctx.saved_tensors
+        channels, stride, padding = len(weight), ctx.stride, ctx.padding
+        of_input = of_weight = None
+        if ctx.needs_input_grad[0]:
+            height, width = (
+                size + 2 * pad - side + 1  # of the output, were the stride 1
+                for size, pad, side in zip(
+                    input_BCHW.shape[2:], padding, weight.shape[2:], strict=True
+                )
+            )
+            spread_BCHW = torch.empty(
+                (len(gradient), channels, height, width),
+                dtype=gradient.dtype,
+                memory_format=torch.channels_last,
+            ).zero_()
+            spread_BCHW[:, :, :: stride[0], :: stride[1]] = gradient
+            rest = [side - 1 - pad for side, pad in zip(weight.shape[2:], padding, strict=True)]
+            of_input = torch.conv2d(spread_BCHW, weight.flip(2, 3), None, 1, rest, 1, channels)
+        if ctx.needs_input_grad[1]:
+            of_weight = conv2d_weight(  # type: ignore[no-untyped-call]
+                input_BCHW, weight.shape, gradient, stride, padding, 1, channels
+            )
+        return of_input, of_weight, None, None
