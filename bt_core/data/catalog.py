@@ -25,7 +25,7 @@ from bt_core.labels import (
     known_folder_names,
     to_task,
 )
-from bt_core.scans.archives import ScanRef
+from bt_core.scans.members import ATTRIBUTES, ScanRef
 
 _GIVEN_SPLITS = {
     "training": "train", "train": "train", "testing": "test", "test": "test",
@@ -144,8 +144,8 @@ def label_refs(refs: list[ScanRef], task: str | None) -> tuple[pa.Table, LabelSp
         task: the label space, four_class or binary; None infers it.
 
     Returns:
-        A table with scan_id, uri, member, position, label, given_split and patient (keyed hashes;
-        empty where unknown), and the label space.
+        A table with scan_id, uri, member, position, label, given_split, patient (keyed hashes;
+        empty where unknown) and those of `ATTRIBUTES` that a list has; and the label space.
 
     Raises:
         UsageError: if there is no such task.
@@ -187,6 +187,11 @@ def _labelled(refs: list[ScanRef], labels: list[str]) -> pa.Table:
     columns["label"] = labels
     columns["given_split"] = [_given_split(ref) for ref in refs]
     columns["patient"] = [ref.patient for ref in refs]
+    for name, values in zip(
+        ATTRIBUTES, zip(*(r.attributes for r in refs), strict=True), strict=False
+    ):
+        if any(values):
+            columns[name] = list(values)
     return pa.table(columns)
 
 

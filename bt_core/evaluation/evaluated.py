@@ -113,13 +113,16 @@ def of_source(
 def _with_families(refs: pa.Table, key: bytes, trained: Dataset | None) -> pa.Table:
     """Return catalog rows of refs, with groups, and whether a scan of the group was trained on."""
     own = set(refs["scan_id"].to_pylist())
-    together, seen_ids = refs.select(list(_REFS)), frozenset[str]()
+    together, seen_ids = refs, frozenset[str]()
     if trained is not None:
         known = trained.catalog()
         known = known.filter(pc.not_equal(known["split"], "")).select(list(_REFS))
         seen_ids = frozenset(known["scan_id"].to_pylist())
         others = known.filter(pc.invert(pc.is_in(known["scan_id"], pa.array(sorted(own)))))
-        together = pa.concat_tables([together, others.cast(together.schema)])
+        for name in set(refs.column_names) - set(_REFS):  # what the source's list says besides
+            others = others.append_column(name, pa.array([""] * others.num_rows))
+        others = others.select(refs.column_names).cast(refs.schema)
+        together = pa.concat_tables([refs, others])
     catalog, pairs = survey(together, FamilyStage(key))
     catalog = copies.add_families(catalog, pairs)
     columns = catalog.select(["scan_id", "group"]).to_pydict()

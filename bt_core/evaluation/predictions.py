@@ -15,11 +15,16 @@ import pyarrow.compute as pc
 from bt_core.errors import RunError
 from bt_core.evaluation.intervals import family_codes
 from bt_core.labels import LabelSpace
+from bt_core.scans.members import ATTRIBUTES
 
 SLICE_COLUMNS: Final = (
+    *ATTRIBUTES,
     "given_split", "format", "width", "height", "bit_depth", "channels", "num_bytes", "steps",
 )  # fmt: skip
-"""Columns of the catalog by which figures are told apart."""
+"""Columns of the catalog by which figures are told apart; the first where a list gives them."""
+
+ANSWERED: Final = ("scored", "deferred")
+"""Statuses of scans that got an answer, for a person to review perhaps."""
 
 
 def join_truth(scores: pa.Table, truth: pa.Table) -> pa.Table:
@@ -41,7 +46,8 @@ def join_truth(scores: pa.Table, truth: pa.Table) -> pa.Table:
         )
     joined, known = scores.sort_by("scan_id"), truth.sort_by("scan_id")
     joined = joined.drop_columns([n for n in ("uri", "member") if n in joined.column_names])
-    for name in ("label", "group", "copy_in_training", *SLICE_COLUMNS):
+    own = [name for name in SLICE_COLUMNS if name in known.column_names]
+    for name in ("label", "group", "copy_in_training", *own):
         joined = joined.append_column(name, known[name])
     return joined
 
@@ -79,7 +85,7 @@ class Scans:
         Raises:
             RunError: if no scan could be read.
         """
-        answered = pc.is_in(predictions["status"], pa.array(["scored", "deferred"]))
+        answered = pc.is_in(predictions["status"], pa.array(ANSWERED))
         table = predictions.filter(answered)
         if not table.num_rows:
             raise RunError("no test scan could be read; is the source of the dataset still there?")
@@ -96,7 +102,11 @@ class Scans:
             clean_N=num_seen_F[family_N] == 0,
             sets_NK=np.array([[name in chosen for name in space.names] for chosen in sets]),
             logits_NMK=np.array(table["logits"].to_pylist()),
-            slices={name: np.array(table[name].to_pylist()) for name in SLICE_COLUMNS},
+            slices={
+                name: np.array(table[name].to_pylist())
+                for name in SLICE_COLUMNS
+                if name in table.column_names
+            },
         )
 
     def where(self, chosen_N: np.ndarray) -> "Scans":

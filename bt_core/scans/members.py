@@ -27,6 +27,10 @@ CUT: Final = "rest of an archive that is cut or damaged"
 UNREADABLE_FOLDER: Final = "folder that cannot be read"
 
 
+ATTRIBUTES: Final = ("site", "scanner", "sequence", "plane", "source")
+"""Columns of a list by which figures are told apart; none says who a patient is."""
+
+
 @dataclass(frozen=True)
 class ScanRef:
     r"""One file of a source.
@@ -42,6 +46,7 @@ class ScanRef:
         label: class name that a list gives, as written there; empty where the folder decides.
         given_split: split that a list gives, as written there.
         patient: keyed hash of the patient that a list gives; never the patient's own name.
+        attributes: what a list says of the scan's origin, one for each of `ATTRIBUTES`, or none.
     """
 
     scan_id: str
@@ -51,6 +56,7 @@ class ScanRef:
     label: str = ""
     given_split: str = ""
     patient: str = ""
+    attributes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

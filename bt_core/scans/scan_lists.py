@@ -1,8 +1,8 @@
 """Lists of scans: a CSV, TSV or Parquet table with one row per scan.
 
-The columns are a path and, if wanted, label, split and patient, under the names in `_COLUMNS`. The
-others are named to the user: one that holds patients under another name would go unused. Relative
-paths start at the list's folder.
+The columns are a path and, if wanted, label, split, patient and the scan's origin, under the names
+in `_COLUMNS`. The others are named to the user: one that holds patients under another name would go
+unused. Relative paths start at the list's folder.
 """
 
 import csv
@@ -27,6 +27,12 @@ _COLUMNS: Final = {
     "label": ("label", "class"),
     "split": ("split",),
     "patient": ("patient", "patient_id", "patientid", "subject", "subject_id", "subjectid"),
+    # members.ATTRIBUTES, in that order
+    "site": ("site", "hospital", "institution", "centre", "center"),
+    "scanner": ("scanner", "scanner_model", "manufacturer"),
+    "sequence": ("sequence", "weighting"),
+    "plane": ("plane", "orientation"),
+    "source": ("source", "collection"),
 }
 _MAX_LIST_BYTES: Final = 512 * 1024**2
 
@@ -47,7 +53,7 @@ def read_list(source: str, given: Limits, hash_key: bytes | None) -> Lister:
     lister = Lister(source, given)
     folder = posixpath.dirname(source)
     for number, row in enumerate(_rows(source, given), 1):
-        path, label, split, patient = (text.strip() for text in row)
+        path, label, split, patient, *attributes = (text.strip() for text in row)
         uri, member = _place(folder, path)
         try:
             storage.refuse_secrets(path if storage.is_uri(path) else storage.join(folder, path))
@@ -56,7 +62,8 @@ def read_list(source: str, given: Limits, hash_key: bytes | None) -> Lister:
                 f"{storage.redact(source)}, row {number} without the header: {error}"
             ) from None
         hashed = patient_hash(patient, hash_key)
-        lister.append(ScanRef(lister.next_id(path), uri, member, -1, label, split, hashed))
+        scan_id = lister.next_id(path)
+        lister.append(ScanRef(scan_id, uri, member, -1, label, split, hashed, tuple(attributes)))
     return lister
 
 
@@ -72,7 +79,7 @@ def _place(folder: str, path: str) -> tuple[str, str]:
 
 
 def _rows(source: str, given: Limits) -> list[tuple[str, ...]]:
-    """Return path, label, split and patient of every row; empty where the column is missing."""
+    """Return the texts of every row in the order of `_COLUMNS`; empty where there is no column."""
     shown = storage.redact(source)
     try:
         filesystem, path = storage.filesystem(source)
@@ -108,7 +115,7 @@ def _roles(names: list[str], shown: str) -> dict[str, int]:
     if "path" not in found:
         raise SourceError(
             f"{shown} has no column of paths; name it {', '.join(_COLUMNS['path'])} (further "
-            f"columns that are used: label, split, patient)"
+            f"columns that are used: {', '.join(list(_COLUMNS)[1:])})"
         )
     unused = [name for i, name in enumerate(names) if i not in found.values()]
     if unused:

@@ -81,6 +81,16 @@ def test_columns_that_are_not_used_are_named(
     assert "Doe" not in caplog.text
 
 
+@pytest.mark.parametrize("name", ["l.csv", "l.parquet"])
+def test_where_a_scan_comes_from_enters_the_catalog(folder: Path, name: str) -> None:
+    columns = {"path": ROWS["path"], "label": ["glioma", "glioma", "no_tumor"]}
+    columns |= {"Hospital": ["A", "B", ""], "orientation": ["axial", "axial", "coronal"]}
+    table, _ = label_refs(list_scans(write_list(folder / name, columns)).refs, None)
+    assert table["site"].to_pylist() == ["A", "B", ""]
+    assert table["plane"].to_pylist() == ["axial", "axial", "coronal"]
+    assert not {"scanner", "sequence", "source"} & set(table.column_names)
+
+
 def test_patients_are_left_out_without_a_key(folder: Path) -> None:
     refs = list_scans(write_list(folder / "l.csv", ROWS)).refs
     assert {ref.patient for ref in refs} == {""}
