@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from bt_core.evaluation.gate import Requirement
+    from bt_core.models.bundle import Bundle
+    from bt_core.scans.preprocess import PreprocessSpec
 
 SourceArgument = Annotated[
     str,
@@ -141,6 +144,24 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
     )
     wrapped.__annotations__ = {**run.__annotations__, "submit": _SUBMIT, "debug": _DEBUG}
     return wrapped
+
+
+@contextmanager
+def placed(
+    bundle: "Bundle", device: str
+) -> "Iterator[tuple[tuple[PreprocessSpec, ...], str, tuple[int, float, float]]]":
+    """Start or join Ray for work with a bundle, while the block runs.
+
+    Yields:
+        The bundle's distinct preprocessing specs, the device, and number, CPUs and GPUs of actors.
+    """
+    from bt_core.inference.predictor import distinct_specs
+    from cluster.session import choose_device, session
+
+    specs, _ = distinct_specs([member.preprocess for member in bundle.info.members])
+    with session() as resources:
+        chosen = choose_device(device, resources)
+        yield specs, chosen, resources.scorers(chosen)
 
 
 def output_folder(out: str, source: str) -> str:

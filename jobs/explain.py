@@ -11,6 +11,7 @@ from jobs.command import (
     OverwriteOption,
     SourceArgument,
     output_folder,
+    placed,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def run(
     """Draw what moved each answer; one scan with -o PICTURE.png, many with -o FOLDER.
 
     A folder gets explanations.parquet and overlays/SCAN_ID.png. A heat map shows what moved the
-    answer, not where a tumour is.
+    answer, not where a tumour is. Exit code 3 says that some scans could not be explained, or that
+    the source is cut short.
     """
     import pyarrow as pa
 
@@ -43,7 +45,8 @@ def run(
     to_picture = out.lower().endswith(".png")
     out = storage.absolute(out) if to_picture else output_folder(out, source)
     opened = Bundle(bundle)
-    refs = list_scans(source).refs
+    listing = list_scans(source)
+    refs = listing.refs
     if to_picture and len(refs) != 1:
         raise UsageError(f"{source} holds {len(refs)} scans; give a folder as -o, not a picture")
     table_at = storage.join(out, "explanations.parquet")
@@ -61,7 +64,7 @@ def run(
     if not to_picture:
         storage.write_table(table_at, explained)
     print(f"{explained.num_rows - missing} of {explained.num_rows} scans explained in {out}")
-    return EXIT_INCOMPLETE if missing else EXIT_OK
+    return EXIT_INCOMPLETE if missing or not listing.is_whole else EXIT_OK
 
 
 def work_on(
@@ -69,14 +72,10 @@ def work_on(
 ) -> "Iterator[pa.Table]":
     """Yield the rows that a worker, loaded with a bundle, returns for listed scans."""
     from bt_core.data import pipeline
-    from bt_core.inference.predictor import distinct_specs
-    from cluster.session import choose_device, session
 
-    specs, _ = distinct_specs([member.preprocess for member in bundle.info.members])
-    with session() as resources:
-        chosen = choose_device(device, resources)
+    with placed(bundle, device) as (specs, chosen, actors):
         args = (bundle.location, chosen, 1)
-        yield from pipeline.map_scans(refs, specs, worker, args, resources.scorers(chosen), done)
+        yield from pipeline.map_scans(refs, specs, worker, args, actors, done)
 
 
 def _write_overlays(table: "pa.Table", out: str, to_picture: bool) -> None:

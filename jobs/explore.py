@@ -9,7 +9,6 @@ from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, RunError
 from jobs.command import OutOption, SourceArgument, TaskOption, output_folder
 from jobs.recipes_folder import RECIPES
 
-_NUM_SAMPLED: Final = 2_000
 _SHOWN_PER_ROW: Final = 8
 
 
@@ -40,7 +39,7 @@ def run(
     from bt_core.data.explore_stage import SIDE_PX, ExploreStage
     from bt_core.data.families import FamilyStage
     from bt_core.data.pipeline import decode_catalog, survey
-    from bt_core.data.probe import probe_shortcuts
+    from bt_core.data.probe import NUM_PROBED, probe_shortcuts
     from bt_core.training.recipe import load_recipe
     from cluster.session import session
 
@@ -48,7 +47,7 @@ def run(
     earlier_files(out)
     refs, names = name_unlabelled(label_refs_if_known(listing.refs, task))
     with session():
-        chosen = choose(refs, _NUM_SAMPLED, _SHOWN_PER_ROW, seed)
+        chosen = choose(refs, NUM_PROBED, _SHOWN_PER_ROW, seed)
         rows = decode_catalog(chosen, ExploreStage(shown.preprocess)).sort_by("scan_id")
         sampled, pairs = survey(chosen.filter(chosen["sampled"]), FamilyStage(key))
     facts = describe_source(rows, names, seed)

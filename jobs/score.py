@@ -14,6 +14,7 @@ from jobs.command import (
     OverwriteOption,
     SourceArgument,
     output_folder,
+    placed,
 )
 
 if TYPE_CHECKING:
@@ -87,16 +88,11 @@ def score_refs(
     """
     from bt_core.data import pipeline
     from bt_core.ensemble.scorer import Scorer
-    from bt_core.inference.predictor import distinct_specs
-    from cluster.session import choose_device, session
 
-    specs, _ = distinct_specs([member.preprocess for member in bundle.info.members])
     beside = storage.join(out, f"scores.{uuid.uuid4().hex[:8]}.tmp")
-    with session() as resources:
-        chosen = choose_device(device, resources)
-        num_actors, cpus, gpus = resources.scorers(chosen)
+    with placed(bundle, device) as (specs, chosen, actors):
         args = (bundle.location, chosen, 1, in_depth)
-        pipeline.score(refs, specs, Scorer, args, beside, num_actors, cpus, gpus)
+        pipeline.score(refs, specs, Scorer, args, beside, actors)
     scores = storage.read_table(beside)
     pipeline.check_rows(refs, scores)
     storage.move_dir(beside, storage.join(out, "scores"))

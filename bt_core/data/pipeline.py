@@ -180,9 +180,7 @@ def score(
     scorer: type[Callable[[Columns], Any]],
     scorer_args: tuple[Any, ...],
     output: str,
-    num_actors: int,
-    cpus_per_actor: float,
-    num_gpus_per_actor: float = 0.0,
+    actors: tuple[int, float, float],
 ) -> None:
     """Decode scans, run a scorer on them in a pool of actors, and write its rows to Parquet.
 
@@ -193,15 +191,11 @@ def score(
             once.
         scorer_args: its constructor's arguments.
         output: folder that the Parquet files are written to.
-        num_actors: copies of the scorer at most; a small job starts fewer, since loading a copy
-            takes as long as scoring hundreds of scans.
-        cpus_per_actor: logical CPUs each holds; leave at least one for decoding.
-        num_gpus_per_actor: GPUs each holds.
+        actors: copies of the scorer at most (a small job starts fewer, since loading a copy takes
+            as long as scoring hundreds of scans), and logical CPUs and GPUs that each holds; leave
+            at least one CPU for decoding.
     """
-    work = _in_actors(
-        refs, specs, scorer, scorer_args, (num_actors, cpus_per_actor, num_gpus_per_actor),
-        _SCANS_WORTH_AN_ACTOR,
-    )  # fmt: skip
+    work = _in_actors(refs, specs, scorer, scorer_args, actors, _SCANS_WORTH_AN_ACTOR)
     with bounded_retries():
         work.write_parquet(
             output,
@@ -226,7 +220,7 @@ def map_scans(
         specs: as in `score`.
         worker: callable class as the scorer of `score`, whose work takes long for each scan.
         worker_args: its constructor's arguments.
-        actors: their number at most, and logical CPUs and GPUs of each.
+        actors: as in `score`.
         done: the work in the past tense, for progress lines.
     """
     work = _in_actors(refs, specs, worker, worker_args, actors, _MAPS_WORTH_AN_ACTOR)

@@ -19,6 +19,8 @@ from sklearn.preprocessing import StandardScaler
 from bt_core.data.explore import PROPERTIES, numbers, property_values
 from bt_core.data.explore_stage import THUMBNAIL_PX, block_means, border_mask, unpacked
 
+NUM_PROBED: Final = 2_000
+"""Scans that are enough."""
 _SIDE_PX: Final = 20
 """Side of the pictures that the probe sees: a two-pixel frame is the border of a tenth."""
 _NUM_BINS: Final = 16

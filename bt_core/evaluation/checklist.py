@@ -10,6 +10,7 @@ from typing import Any
 from bt_core.evaluation.evaluated import EvaluatedScans
 from bt_core.evaluation.intervals import interval_text
 from bt_core.models.bundle import BundleInfo
+from bt_core.scans.members import ATTRIBUTES
 
 
 @dataclass(frozen=True)
@@ -51,25 +52,7 @@ def _data_points(
     clean, flow = figures["clean"], figures["flow"]
     counts = ", ".join(f"{n} {c}" for n, c in figures["all"]["counts"].items())
     left_out = ", ".join(f"{n} {reason}" for reason, n in tested.num_left_out.items()) or "none"
-    members = bundle.provenance.get("members", {})
-    trained = "; ".join(
-        f"{m.name}: {m.model.backbone} at {m.preprocess.size_px} px from "
-        f"{members.get(m.name, {}).get('initial_weights', 'unknown weights')}, recipe "
-        f"{members.get(m.name, {}).get('recipe', 'unknown')}"
-        for m in bundle.members
-    )
     outcomes = ", ".join(f"{status} {n}" for status, n in flow["by_status"].items())
-    apart = {
-        "family": "copies under flips, rotations, re-encoding and resizing, and a named patient's "
-        "scans, are on one side of the split",
-        "given": "the split of the source is kept, and every figure is given twice",
-        "external": "another source or dataset than the one trained with; "
-        + (
-            "copies of training scans under flips, rotations, re-encoding and resizing are known"
-            if tested.copies_found
-            else "scans with the pixels of a training scan are known"
-        ),
-    }[tested.split_by]
     return [
         Point(
             "Intended use, users, out of scope, status",
@@ -92,22 +75,50 @@ def _data_points(
         ),
         Point(
             "Leakage control",
-            f"{apart[0].upper()}{apart[1:]}. {figures['num_seen_in_training']} test scans stand "
+            f"{_apart(tested)} {figures['num_seen_in_training']} test scans stand "
             f"with a scan that was trained on; the headline is on the other {clean['num_scans']}.",
             "neighbouring slices of patients that the source does not name"
             + ("" if tested.copies_found else "; other copies of training scans: --trained-on"),
         ),
         Point(
             "Preprocessing, model, training, seeds, software",
-            f"{trained}. Recipes with seeds, package versions and processors are in bundle.json.",
+            f"{_trained(bundle)}. Seeds, package versions and processors are in bundle.json.",
             "the tuning that led to the recipe, because a bundle does not know of it",
         ),
         Point(
             "Flow of scans",
-            f"{flow['num_scans']} tested: {outcomes}. Left out before: {left_out}.",
-            "a worst-case analysis of the scans that were not answered",
+            f"{flow['num_scans']} tested: {outcomes}. Left out before: {left_out}. If what was not "
+            f"answered were wrong, the accuracy would be {flow['worst_case']['accuracy']:.3f}.",
         ),
     ]
+
+
+def _apart(tested: EvaluatedScans) -> str:
+    """Return how the tested scans are kept apart from those trained on, as a sentence."""
+    if tested.split_by == "family":
+        return (
+            "Copies under flips, rotations, re-encoding and resizing, and a named patient's scans, "
+            "are on one side of the split."
+        )
+    if tested.split_by == "given":
+        return "The split of the source is kept, and every figure is given twice."
+    known = (
+        "copies of training scans under flips, rotations, re-encoding and resizing"
+        if tested.copies_found
+        else "scans with the pixels of a training scan"
+    )
+    return f"Another source or dataset than the one trained with; {known} are known."
+
+
+def _trained(bundle: BundleInfo) -> str:
+    """Return what each member is and began with."""
+    members = bundle.provenance.get("members", {})
+    return "; ".join(
+        f"{m.name}: {m.model.backbone} at {m.preprocess.size_px} px from "
+        f"{members.get(m.name, {}).get('initial_weights', 'unknown weights')}, recipe "
+        f"{members.get(m.name, {}).get('recipe', 'unknown')}"
+        for m in bundle.members
+    )
 
 
 def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point]:
@@ -130,10 +141,11 @@ def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point
         Point(
             "Calibration",
             f"Log loss {shown('log_loss')}, Brier score {shown('brier')}, expected calibration "
-            f"error {clean['calibration']['ece']:.3f}, and "
-            f"{clean['calibration_before']['ece']:.3f} before temperatures, which were fitted on "
-            "validation scans.",
-            "intervals of the calibration errors; slope and intercept",
+            f"error {interval_text(clean['calibration']['ece'])}, and "
+            f"{interval_text(clean['calibration_before']['ece'])} before temperatures, which were "
+            "fitted on validation scans; slope "
+            f"{interval_text(clean['calibration']['slope'])} and intercept "
+            f"{interval_text(clean['calibration']['intercept'])} of a tumour's log odds.",
         ),
         Point(
             "Decision curves",
@@ -158,16 +170,20 @@ def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point
 
 def _use_points(figures: Mapping[str, Any], external: bool) -> list[Point]:
     worst, robust = figures["slices"]["worst"], figures.get("robustness")
+    sliced = {one["column"] for one in figures["slices"]["slices"]}
     maps = figures.get("explanations")
     deep = "it was not measured; leave out --no-depth"
     return [
         Point(
             "Subgroups",
-            f"Every column of the catalog. Lowest accuracy: {worst['column'].replace('_', ' ')} "
-            f"{worst['value']}, {worst['accuracy']['value']:.3f}."
+            f"Every column of the catalog, corrected for their number. Lowest accuracy: "
+            f"{worst['column'].replace('_', ' ')} {worst['value']}, "
+            f"{worst['accuracy']['value']:.3f}"
+            f"{', below the others beyond chance' if worst['below_others'] else ''}."
             if worst
             else "",
-            "age, sex, scanner, plane and tumour size, because the sources do not state them",
+            f"{', '.join(n for n in ATTRIBUTES if n not in sliced)}: a list as source may give "
+            "them; age, sex and tumour size, which are never read",
         ),
         Point(
             "External test, robustness, other inputs",
@@ -178,18 +194,7 @@ def _use_points(figures: Mapping[str, Any], external: bool) -> list[Point]:
             + ("" if external else "an external test: give --data a labelled archive; ")
             + "scans that are no brain MRI",
         ),
-        Point(
-            "Comparison",
-            "Members against their ensemble by exchanging answers on whole families."
-            if figures["members"]
-            else "",
-            (
-                ""
-                if figures["members"]
-                else "one model only, bt compare holds several side by side; "
-            )
-            + "simple baselines such as a regression on features",
-        ),
+        _comparison(figures, deep),
         Point(
             "Failure analysis",
             "The surest wrong answers of each class, with maps." if maps else "",
@@ -211,3 +216,25 @@ def _use_points(figures: Mapping[str, Any], external: bool) -> list[Point]:
             "updates, because the person who uses the model makes it",
         ),
     ]
+
+
+def _comparison(figures: Mapping[str, Any], deep: str) -> Point:
+    """Return the point on baselines; `deep` says how to get what was not measured."""
+    answers, missing = [], []
+    if figures["members"]:
+        answers.append("Members against their ensemble by exchanging answers on whole families.")
+    else:
+        missing.append("one model only; bt compare holds several side by side")
+    probed = figures.get("shortcuts") or {"features": {}}
+    if probed["features"]:
+        blind = [f for f in probed["features"].values() if f["blind"]]
+        best = max(blind, key=lambda f: float(f["balanced_accuracy"]))
+        thumbnail = probed["features"]["thumbnail"]["balanced_accuracy"]
+        own = interval_text(figures["clean"]["by_scan"]["balanced_accuracy"])
+        answers.append(
+            f"Balanced accuracy {own}; a regression on thumbnails has {thumbnail:.3f}, one on "
+            f"{best['title']}, which sees no tumour, {best['balanced_accuracy']:.3f}."
+        )
+    else:
+        missing.append(f"regressions on simple features: {deep}")
+    return Point("Comparison", " ".join(answers), "; ".join(missing))

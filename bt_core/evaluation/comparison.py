@@ -21,7 +21,7 @@ from bt_core.evaluation.intervals import DEFINED, FEWEST, LEVEL, draw_families, 
 from bt_core.evaluation.metrics import figures_of
 from bt_core.evaluation.predictions import Scans
 from bt_core.labels import LabelSpace
-from bt_core.training.noise import ALPHA, count, holm, metric_of
+from bt_core.training.noise import ALPHA, count, holm_of_pairs, metric_of
 
 COMPARED: Final = ("accuracy", "macro_f1", "macro_auc", "log_loss", "missed_tumor_rate")
 _NUM_PERMUTATIONS: Final = 9_999
@@ -58,7 +58,7 @@ def compare(models: Mapping[str, Scans], space: LabelSpace) -> dict[str, Any]:
     p_MM = np.ones((len(names), len(names)))
     for i, j in combinations(range(len(names)), 2):
         p_MM[i, j] = p_MM[j, i] = permutation_p_value(aligned[names[i]], aligned[names[j]])
-    p_MM = holm(p_MM)
+    p_MM = holm_of_pairs(p_MM)
     draws = {name: _draws(scans, space) for name, scans in aligned.items()}
     accuracy_M = np.array([scans.right_N.mean() for scans in aligned.values()])
     better_MM = (accuracy_M[:, None] > accuracy_M[None]) & (p_MM < ALPHA)

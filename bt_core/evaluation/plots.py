@@ -108,6 +108,11 @@ def _calibration_png(figures: dict[str, Any], scans: Scans) -> bytes:
         num_B = np.array([b["num"] for b in bins])
         said, came_true = ([b[n] for b in bins] for n in ("confidence", "accuracy"))
         left.plot(said, came_true, line, color=colour, label=label)
+        low, high = (
+            np.array([np.nan if b["interval"][side] is None else b["interval"][side] for b in bins])
+            for side in ("low", "high")
+        )
+        left.vlines(said, low, high, color=colour, linewidth=1, alpha=0.6)
         left.scatter(said, came_true, s=10 + 90 * num_B / num_B.max(), color=colour)
     _label(left, "confidence", "accuracy (size: number of scans)")
     edges = np.linspace(0, 1, 21)

@@ -1,17 +1,31 @@
-"""Does a confidence of 0.9 mean right nine times in ten? Shape suffixes: N scans, K classes."""
+"""Does a confidence of 0.9 mean right nine times in ten?
 
-from typing import Any, Literal
+Shape suffixes: N scans, K classes, F families, D draws, P parameters.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, Literal
 
 import numpy as np
+from scipy.special import expit, logit
+from scipy.stats import t as student
+
+from bt_core.evaluation.intervals import FEWEST, LEVEL, Estimate, draw_families, share_of
 
 Bins = list[dict[str, Any]]
+Equal = Literal["width", "mass"]
+_NUM_BINS: Final = 15
+_NUM_DRAWS: Final = 500
+_MOST_STEPS: Final = 50
+_SURE: Final = 1e-6
+"""Probabilities nearer to 0 or 1 are taken as this near, so that their log odds are finite."""
 
 
 def reliability(
     confidence_N: np.ndarray,
     right_N: np.ndarray,
-    equal: Literal["width", "mass"] = "width",
-    num_bins: int = 15,
+    equal: Equal = "width",
+    num_bins: int = _NUM_BINS,
 ) -> Bins:
     """Return what was said against what came true, in bins of confidence.
 
@@ -24,10 +38,7 @@ def reliability(
     Returns:
         For each bin low and high (the second included), num, confidence and accuracy (means).
     """
-    edges = np.linspace(0, 1, num_bins + 1)
-    if equal == "mass":
-        edges = np.unique(np.quantile(confidence_N, edges))
-    bin_N = np.searchsorted(edges[1:-1], confidence_N)
+    edges, bin_N = _binned(confidence_N, equal, num_bins)
     return [
         {
             "low": float(edges[b]),
@@ -40,29 +51,129 @@ def reliability(
     ]
 
 
+def _binned(
+    confidence_N: np.ndarray, equal: Equal, num_bins: int = _NUM_BINS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the edges, and the bin of each scan."""
+    edges = np.linspace(0, 1, num_bins + 1)
+    if equal == "mass":
+        edges = np.unique(np.quantile(confidence_N, edges))
+    return edges, np.searchsorted(edges[1:-1], confidence_N)
+
+
 def expected_calibration_error(bins: Bins) -> float:
     """Return the mean distance of accuracy from confidence, by scans (Naeini et al. 2015)."""
     total = sum(b["num"] for b in bins)
     return float(sum(b["num"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / total)
 
 
-def calibration_figures(labels_N: np.ndarray, probs_NK: np.ndarray) -> dict[str, Any]:
-    """Return bins and expected calibration errors of the likeliest class, and of each class.
+def calibration_figures(
+    labels_N: np.ndarray, probs_NK: np.ndarray, family_N: np.ndarray, healthy: int
+) -> dict[str, Any]:
+    """Return how well what was said fits what came true.
+
+    Args:
+        labels_N: true class indices.
+        probs_NK: probabilities, rows sum to 1.
+        family_N: family of each scan, from 0 to F - 1.
+        healthy: index of the class without a tumour.
 
     Returns:
-        `bins` (equal width), `ece` (equal width), `ece_equal_mass`, and `class_wise_ece`: the mean
-        over the classes of the error of each class's probability, equal mass (Nixon et al. 2019).
+        `bins` of equal width, each with the `interval` of its accuracy. As estimates, in mappings:
+        the expected calibration errors `ece` (equal width) and `ece_equal_mass` of the likeliest
+        class, and `class_wise_ece`, the mean over the classes of the error of each class's
+        probability, equal mass (Nixon et al. 2019); `slope` of what came true against the log odds
+        of a tumour (1 is right; below 1, answers are too sure), and `intercept`, with the slope
+        held at 1 (0 is right; above 0, tumours are more frequent than said): Cox 1958.
     """
     confidence_N, right_N = probs_NK.max(1), probs_NK.argmax(1) == labels_N
     bins = reliability(confidence_N, right_N)
-    by_mass = reliability(confidence_N, right_N, "mass")
-    of_class = [
-        expected_calibration_error(reliability(probs_NK[:, k], labels_N == k, "mass"))
-        for k in range(probs_NK.shape[1])
-    ]
-    return {
-        "bins": bins,
-        "ece": expected_calibration_error(bins),
-        "ece_equal_mass": expected_calibration_error(by_mass),
-        "class_wise_ece": float(np.mean(of_class)),
+    _, bin_N = _binned(confidence_N, "width")
+    for one, b in zip(bins, np.unique(bin_N), strict=True):
+        own_N = bin_N == b
+        one["interval"] = share_of(right_N[own_N], family_N[own_N], _NUM_DRAWS)["by_scan"]
+    likeliest = [(confidence_N, right_N)]
+    each = [(probs_NK[:, k], labels_N == k) for k in range(probs_NK.shape[1])]
+    counts_DF = draw_families(family_N, _NUM_DRAWS, seed=0)
+    found = {
+        "ece": _error(likeliest, "width", family_N, counts_DF),
+        "ece_equal_mass": _error(likeliest, "mass", family_N, counts_DF),
+        "class_wise_ece": _error(each, "mass", family_N, counts_DF),
     }
+    log_odds_N = logit(np.clip(1 - probs_NK[:, healthy], _SURE, 1 - _SURE))
+    tumour_N, ones_N = labels_N != healthy, np.ones(len(labels_N))
+    with_slope = np.stack([ones_N, log_odds_N], axis=1)
+    found["slope"] = _coefficients(with_slope, 0 * log_odds_N, tumour_N, family_N)[1]
+    found["intercept"] = _coefficients(ones_N[:, None], log_odds_N, tumour_N, family_N)[0]
+    return {"bins": bins} | {name: one.model_dump() for name, one in found.items()}
+
+
+def _error(
+    of: Sequence[tuple[np.ndarray, np.ndarray]],
+    equal: Equal,
+    family_N: np.ndarray,
+    counts_DF: np.ndarray,
+) -> Estimate:
+    """Return the mean expected calibration error of pairs of what was said and what came true.
+
+    The error of a sample lies above the true one, that of a draw from the sample as much again; so
+    the interval is the basic one, the draws mirrored at the value (Davison & Hinkley 1997, 5.2). It
+    begins at 0 unless the value is beyond those of draws without any error, of what is left of the
+    gaps when the sample's own are taken off.
+    """
+    values, draws, without = [], [], []
+    num_F = np.bincount(family_N)
+    for said_N, true_N in of:
+        _, bin_N = _binned(said_N, equal)
+        place_N, num_bins = np.unique(bin_N, return_inverse=True)[1], len(np.unique(bin_N))
+        gap_FB = np.zeros((len(num_F), num_bins))
+        np.add.at(gap_FB, (family_N, place_N), true_N - said_N)
+        values.append(np.abs(gap_FB.sum(0)).sum() / num_F.sum())
+        num_D, gap_DB = counts_DF @ num_F, counts_DF @ gap_FB
+        draws.append(np.abs(gap_DB).sum(1) / num_D)
+        without.append(np.abs(gap_DB - gap_FB.sum(0)).sum(1) / num_D)
+    value = float(np.mean(values))
+    if len(num_F) < FEWEST:
+        return Estimate(value=value, low=None, high=None)
+    tail = 100 * (1 - LEVEL) / 2
+    least, most = np.percentile(np.mean(draws, axis=0), (tail, 100 - tail))
+    is_none = value <= np.percentile(np.mean(without, axis=0), 100 - tail)
+    low = 0.0 if is_none else max(0.0, 2 * value - most)
+    return Estimate(value=value, low=low, high=max(low, 2 * value - least))
+
+
+def _coefficients(
+    x_NP: np.ndarray, offset_N: np.ndarray, true_N: np.ndarray, family_N: np.ndarray
+) -> list[Estimate]:
+    """Return the coefficients of a logistic regression, with intervals robust to families.
+
+    By Newton's method; the variance is the sandwich over families (Liang & Zeger 1986). Undefined
+    where one side is empty, or a threshold divides the two sides, for then there is no maximum.
+    """
+    num_families = int(family_N.max()) + 1
+    beta_P, nothing = np.zeros(x_NP.shape[1]), Estimate(value=None, low=None, high=None)
+    bread_PP = np.eye(len(beta_P))
+    for _ in range(_MOST_STEPS):
+        said_N = expit(x_NP @ beta_P + offset_N)
+        slope_P = x_NP.T @ (true_N - said_N)
+        information_PP = (x_NP * (said_N * (1 - said_N))[:, None]).T @ x_NP
+        if np.linalg.cond(information_PP) > 1e12:
+            return [nothing] * len(beta_P)
+        bread_PP = np.linalg.inv(information_PP)
+        step_P = bread_PP @ slope_P
+        beta_P = beta_P + step_P
+        if np.abs(step_P).max() < 1e-9:
+            break
+    else:
+        return [nothing] * len(beta_P)
+    score_FP = np.zeros((num_families, len(beta_P)))
+    np.add.at(score_FP, family_N, x_NP * (true_N - said_N)[:, None])
+    enough = num_families / max(1, num_families - 1)
+    variance_PP = enough * bread_PP @ (score_FP.T @ score_FP) @ bread_PP
+    if num_families < FEWEST:
+        return [Estimate(value=float(b), low=None, high=None) for b in beta_P]
+    half_P = student.ppf((1 + LEVEL) / 2, num_families - 1) * np.sqrt(np.diag(variance_PP))
+    return [
+        Estimate(value=float(b), low=float(b - h), high=float(b + h))
+        for b, h in zip(beta_P, half_P, strict=True)
+    ]

@@ -14,13 +14,13 @@ from bt_core.evaluation.comparison import compare
 from bt_core.evaluation.deferral import risk_coverage, rule_out, set_figures
 from bt_core.evaluation.intervals import estimate
 from bt_core.evaluation.metrics import confusion_matrix
-from bt_core.evaluation.predictions import Scans
+from bt_core.evaluation.predictions import ANSWERED, Scans
 from bt_core.evaluation.reliability import calibration_figures
 from bt_core.evaluation.slices import slice_figures
 from bt_core.labels import LabelSpace
 from bt_core.models.bundle import BundleInfo
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """Of metrics.json."""
 
 
@@ -42,7 +42,7 @@ def evaluate(
         `all` also have `calibration` (and `calibration_before`, with all temperatures 1),
         `deferral`, `prediction_sets`, `rule_out` and `decision_curves`. `members` (against their
         ensemble; None for one) and `slices` are of the clean scans. `flow`: counts by status and
-        reason.
+        reason, and the `worst_case` of what was not answered.
 
     Raises:
         RunError: if no scan could be read.
@@ -63,12 +63,17 @@ def evaluate(
         "task": space.task,
         "classes": list(space.names),
         "prevalence": prevalence,
-        "flow": {"num_scans": predictions.num_rows, "by_status": dict(sorted(reasons.items()))},
+        "flow": {
+            "num_scans": predictions.num_rows,
+            "by_status": dict(sorted(reasons.items())),
+            "worst_case": _worst_case(predictions, clean, space) if len(clean) else None,
+        },
         "num_seen_in_training": len(scans) - len(clean),
         **figures,
         "members": _members(clean, bundle) if len(clean) else None,
         "slices": slice_figures(clean, space) if len(clean) else None,
         "robustness": None,
+        "shortcuts": None,
     }
 
 
@@ -93,8 +98,12 @@ def _figures(
             unit: {name: one.model_dump() for name, one in figures.items()}
             for unit, figures in estimates.items()
         },
-        "calibration": calibration_figures(scans.labels_N, scans.probs_NK),
-        "calibration_before": calibration_figures(scans.labels_N, _untempered(scans, bundle)),
+        "calibration": calibration_figures(
+            scans.labels_N, scans.probs_NK, scans.family_N, space.healthy
+        ),
+        "calibration_before": calibration_figures(
+            scans.labels_N, _untempered(scans, bundle), scans.family_N, space.healthy
+        ),
         "deferral": risk_coverage(scans.confidence_N, scans.right_N),
         "prediction_sets": set_figures(scans.labels_N, scans.sets_NK, scans.family_N, space.names),
         "rule_out": rule_out(
@@ -122,6 +131,31 @@ def _decision_curves(
         )
         for question, own in questions.items()
         if np.isin(scans.labels_N, own).any() and not np.isin(scans.labels_N, own).all()
+    }
+
+
+def _worst_case(predictions: pa.Table, clean: Scans, space: LabelSpace) -> dict[str, Any]:
+    """Return the figures if every scan that got no answer had got a wrong one.
+
+    Returns:
+        num_unanswered (without those with a copy in training); accuracy and missed_tumor_rate, by
+        scan, over the clean scans and these.
+    """
+    columns = predictions.select(["status", "label", "copy_in_training"]).to_pylist()
+    unanswered = [
+        row["label"] != space.names[space.healthy]
+        for row in columns
+        if row["status"] not in ANSWERED and not row["copy_in_training"]
+    ]
+    tumour_N = clean.labels_N != space.healthy
+    missed = (clean.probs_NK.argmax(1) == space.healthy) & tumour_N
+    num_tumours = int(tumour_N.sum()) + sum(unanswered)
+    return {
+        "num_unanswered": len(unanswered),
+        "accuracy": float(clean.right_N.sum() / (len(clean) + len(unanswered))),
+        "missed_tumor_rate": (
+            float((missed.sum() + sum(unanswered)) / num_tumours) if num_tumours else None
+        ),
     }
 
 

@@ -25,6 +25,8 @@ from typing import Final
 import numpy as np
 from scipy.stats import t as student
 
+from bt_core.data.explore import holm
+
 ALPHA: Final = 0.05
 _NUM_DRAWS: Final = 2_000
 _MAX_LOG_LOSS: Final = 100.0
@@ -152,17 +154,12 @@ def _p_values(difference_MM: np.ndarray, variance_MM: np.ndarray, degrees: int) 
     return np.where(np.isclose(difference_MM, 0, atol=1e-12), 1.0, p_MM)
 
 
-def holm(p_MM: np.ndarray) -> np.ndarray:
-    """Return p values of all pairs of a symmetric matrix, corrected by Holm's method (1979)."""
+def holm_of_pairs(p_MM: np.ndarray) -> np.ndarray:
+    """Return the p values of all pairs of a symmetric matrix, corrected by Holm's method."""
     upper = np.triu_indices(len(p_MM), 1)
-    p = p_MM[upper]
-    order = np.argsort(p)
-    factors = np.arange(len(p), 0, -1)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * factors), 1.0)
     result_MM = np.ones_like(p_MM)
-    result_MM[upper] = adjusted
-    result_MM.T[upper] = adjusted
+    result_MM[upper] = holm(p_MM[upper].tolist())
+    result_MM.T[upper] = result_MM[upper]
     return result_MM
 
 
@@ -182,7 +179,7 @@ def ranks(
     of_training = training_noise(scores_MJ, num_folds)
     if of_training is not None:
         p_MM = np.maximum(p_MM, of_training)
-    p_MM = holm(p_MM)
+    p_MM = holm_of_pairs(p_MM)
     means_M = scores_MJ.mean(1) * (1 if larger_is_better else -1)
     better_MM = (means_M[:, None] > means_M[None]) & (p_MM < ALPHA)
     leader = int(means_M.argmax())

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from sklearn.calibration import calibration_curve
+from sklearn.linear_model import LogisticRegression
 
 from bt_core.errors import RunError
 from bt_core.evaluation.benefit import THRESHOLDS, decision_curve
@@ -16,6 +17,7 @@ from bt_core.evaluation.reliability import (
     reliability,
 )
 from bt_core.evaluation.report import evaluate
+from bt_core.evaluation.slices import slice_figures
 from bt_core.labels import LABEL_SPACES
 from bt_core.models.bundle import BundleInfo, MemberInfo, ReviewInfo
 from bt_core.models.spec import ModelSpec
@@ -110,7 +112,7 @@ def test_a_bundle_that_was_trained_on_every_scan_has_no_clean_figures():
     found = evaluate(join_truth(scores, truth), BUNDLE)
     assert found["clean"] is None
     assert found["slices"] is None
-    assert found["all"]["calibration"]["ece"] > 0
+    assert found["all"]["calibration"]["ece"]["value"] > 0
 
 
 @pytest.mark.parametrize(("equal", "strategy"), [("width", "uniform"), ("mass", "quantile")])
@@ -131,13 +133,74 @@ def test_calibration_tells_a_boaster_from_an_honest_one():
     generator = np.random.default_rng(2)
     probs = generator.dirichlet(np.ones(4), size=5000)
     labels = (generator.random((5000, 1)) > probs.cumsum(1)).sum(1)
-    honest = calibration_figures(labels, probs)
+    families = np.arange(5000) // 2
+    honest = calibration_figures(labels, probs, families, 3)
     boast = probs**4 / (probs**4).sum(1, keepdims=True)
-    boaster = calibration_figures(labels, boast)
+    boaster = calibration_figures(labels, boast, families, 3)
     for name in ("ece", "ece_equal_mass", "class_wise_ece"):
-        assert honest[name] < 0.03 < 0.1 < boaster[name]
-    one_answer = calibration_figures(np.zeros(9, dtype=int), np.eye(4)[np.zeros(9, dtype=int)])
-    assert one_answer["ece"] == one_answer["ece_equal_mass"] == 0.0
+        assert honest[name]["value"] < 0.03 < 0.1 < boaster[name]["low"]
+        assert honest[name]["low"] == 0.0, "no error is within the interval of an honest one"
+    assert honest["slope"]["low"] < 1 < honest["slope"]["high"]
+    assert honest["intercept"]["low"] < 0 < honest["intercept"]["high"]
+    assert boaster["slope"]["high"] < 0.5
+    nothing = np.zeros(9, dtype=int)
+    one_answer = calibration_figures(nothing, np.eye(4)[nothing], np.arange(9), 3)
+    assert one_answer["ece"]["value"] == one_answer["ece_equal_mass"]["value"] == 0.0
+    assert one_answer["slope"]["value"] is None
+
+
+def test_slope_and_intercept_are_those_of_a_logistic_regression():
+    generator = np.random.default_rng(3)
+    said = generator.uniform(0.02, 0.98, 800)
+    tumour = generator.random(800) < 1 / (1 + np.exp(-0.6 * np.log(said / (1 - said)) - 0.3))
+    probs = np.stack([said, 1 - said], axis=1)
+    found = calibration_figures(np.where(tumour, 0, 1), probs, np.arange(800), 1)
+    log_odds = np.log(said / (1 - said))[:, None]
+    plain = LogisticRegression(C=np.inf, tol=1e-10).fit(log_odds, tumour)
+    assert found["slope"]["value"] == pytest.approx(plain.coef_[0, 0], rel=1e-4)
+    assert found["slope"]["low"] < found["slope"]["value"] < found["slope"]["high"] < 1
+    # With the slope held at 1, what is said and the intercept give as many tumours as there are.
+    moved = 1 / (1 + np.exp(-log_odds[:, 0] - found["intercept"]["value"]))
+    assert moved.sum() == pytest.approx(tumour.sum())
+
+
+@pytest.mark.parametrize("power", [1.0, 1.6], ids=["calibrated", "too sure"])
+def test_intervals_of_calibration_hold_the_true_errors_by_simulation(power):
+    """500 scans in families of one to four that are right or wrong together."""
+    generator = np.random.default_rng(4)
+    held = {"ece": 0, "slope": 0}
+    num_trials = 120
+    for _ in range(num_trials):
+        family = np.repeat(np.arange(200), generator.integers(1, 5, 200))
+        true = generator.beta(4, 1, 200) * generator.choice([-1, 1], 200) / 2 + 0.5
+        came_true = generator.random(200) < true
+        odds = (true / (1 - true)) ** power
+        said = (odds / (1 + odds))[family]
+        probs = np.stack([said, 1 - said], axis=1)
+        found = calibration_figures(np.where(came_true[family], 0, 1), probs, family, 1)
+        held["slope"] += found["slope"]["low"] <= 1 / power <= found["slope"]["high"]
+        sure = np.maximum(said, 1 - said)
+        right = np.where(said > 0.5, true[family], 1 - true[family])
+        bins = np.minimum((sure * 15).astype(int), 14)
+        error = sum(abs((right - sure)[bins == b].sum()) for b in set(bins)) / len(said)
+        held["ece"] += found["ece"]["low"] - 1e-9 <= error <= found["ece"]["high"]
+    for name, num in held.items():
+        assert num >= 0.9 * num_trials, f"{name}: {num / num_trials}"
+
+
+def test_scans_without_an_answer_count_as_wrong_in_the_worst_case():
+    scores, truth = tables(num=100, bonus=50.0)
+    status = ["scored" if i >= "0010" else "rejected" for i in scores["scan_id"].to_pylist()]
+    scores = scores.set_column(1, "status", pa.array(status))
+    found = evaluate(join_truth(scores, truth), BUNDLE)
+    worst = found["flow"]["worst_case"]
+    assert worst["num_unanswered"] == 10
+    assert found["clean"]["by_scan"]["accuracy"]["value"] == 1.0
+    assert worst["accuracy"] == 0.9
+    kinds = dict(zip(truth["scan_id"].to_pylist(), truth["label"].to_pylist(), strict=True))
+    tumours = [i for i, kind in kinds.items() if kind != "no_tumor"]
+    expected = sum(i < "0010" for i in tumours) / len(tumours)
+    assert worst["missed_tumor_rate"] == pytest.approx(expected)
 
 
 def test_calibration_before_any_temperature_and_members_against_their_ensemble():
@@ -146,8 +209,8 @@ def test_calibration_before_any_temperature_and_members_against_their_ensemble()
     found = evaluate(joined, BUNDLE)
     assert found["members"] is None
     for name in ("ece", "ece_equal_mass", "class_wise_ece"):  # the logits are those answered
-        assert found["clean"]["calibration_before"][name] == pytest.approx(
-            found["clean"]["calibration"][name]
+        assert found["clean"]["calibration_before"][name]["value"] == pytest.approx(
+            found["clean"]["calibration"][name]["value"]
         )
     good = np.array(joined["logits"].to_pylist())[:, 0]
     bad = np.roll(good, 1, axis=1)
@@ -235,10 +298,22 @@ def test_the_worst_slice_is_named():
     found = evaluate(joined, BUNDLE)["slices"]
     assert {one["column"] for one in found["slices"]} == {"given_split", "width"}
     assert (found["worst"]["column"], found["worst"]["value"]) == ("given_split", "bad")
-    assert found["worst"]["below_all"]
+    assert found["worst"]["below_others"]
     widths = [one for one in found["slices"] if one["column"] == "width"]
     assert sum(one["num_scans"] for one in widths) == 200
     assert len(widths) == 4
+
+
+def test_slices_by_chance_are_seldom_called_worse():
+    called = 0
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        site = [f"site {k}" for k in generator.integers(5, size=60) for _ in range(2)]
+        scores, truth = tables(seed=seed, bonus=0.5, site=site)
+        found = slice_figures(Scans.of(join_truth(scores, truth), SPACE), SPACE)
+        assert {one["column"] for one in found["slices"]} == {"site", "width"}
+        called += found["worst"]["below_others"]
+    assert called <= 6, "0.05 of 40 and its chance"
 
 
 def test_a_part_of_the_scans_numbers_its_families_anew():

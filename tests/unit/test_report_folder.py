@@ -95,7 +95,7 @@ def test_a_report_has_pages_that_need_nothing_else_and_every_picture(written):
 
 def test_metrics_have_a_version_and_every_figure_under_clean_and_all(written):
     metrics = json.loads((written / "metrics.json").read_text())
-    assert metrics["schema_version"] == 1
+    assert metrics["schema_version"] == 2
     for unit in ("by_scan", "by_family"):
         assert metrics["clean"][unit].keys() == metrics["all"][unit].keys()
         assert len(metrics["clean"][unit]) > 50

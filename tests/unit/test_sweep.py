@@ -23,7 +23,7 @@ from bt_core.training.learner import BatchMemoryError, DivergedError
 from bt_core.training.noise import (
     count,
     family_accuracy,
-    holm,
+    holm_of_pairs,
     metric_of,
     ranks,
     scan_noise,
@@ -335,7 +335,7 @@ def test_holms_correction_is_that_of_the_textbook():
     p_MM = np.ones((3, 3))
     for (i, j), p in {(0, 1): 0.01, (0, 2): 0.04, (1, 2): 0.03}.items():
         p_MM[i, j] = p_MM[j, i] = p
-    adjusted = holm(p_MM)
+    adjusted = holm_of_pairs(p_MM)
     assert adjusted[0, 1] == pytest.approx(0.03)
     assert adjusted[1, 2] == adjusted[2, 0] == pytest.approx(0.06)
 
