@@ -18,7 +18,9 @@ def run(
     from bt_core.config import parse
     from bt_core.data.catalog import Dataset
     from bt_core.data.views import ensure_view
+    from bt_core.models.classifier import build_classifier
     from bt_core.models.run import environment
+    from bt_core.models.weights import initial_weights
     from bt_core.training.recipe import Recipe
     from bt_core.training.trial import differences, read_records, replay
     from cluster.session import session
@@ -28,18 +30,22 @@ def run(
     if trial not in records:
         raise UsageError(f"no trial {trial!r} in {out}; there are: {', '.join(records)}")
     record = records[trial]
+    recipe = parse(Recipe, record.recipe, "the trial's recipe")
     dataset = Dataset(data or storage.read_json(storage.join(out, "sweep.json"))["dataset"])
     if not storage.exists(storage.join(dataset.location, "views", record.view, "view.json")):
         with session():
-            ensure_view(dataset, parse(Recipe, record.recipe, "the trial's recipe").preprocess)
+            ensure_view(dataset, recipe.preprocess)
     again = replay(record, dataset)
     found = differences(record, again)
     if not found:
         print(f"trial {trial}: {again.num_epochs} epochs trained again, all figures equal")
         return EXIT_OK
     print("\n".join(found))
-    now = environment()
-    was = record.environment
+    model, _, _ = build_classifier(
+        recipe.model, recipe.preprocess, dataset.info.label_space.num_classes
+    )
+    started_from = initial_weights(model.backbone, recipe.model.weights_source)
+    now, was = environment() | {"initial_weights": started_from}, record.environment
     others = [f"{k} {v} (now {now.get(k, 'none')})" for k, v in was.items() if now.get(k) != v]
     print(f"{len(found)} figures differ; trained with: {', '.join(others) or 'equal versions'}")
     return EXIT_FAILED

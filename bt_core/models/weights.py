@@ -4,10 +4,12 @@ A folder is timm's: `config.json` and `model.safetensors`; ours has `SHA256SUMS`
 format of sha256sum.
 """
 
+import hashlib
 import os
 from typing import Any, Final
 
 import safetensors.torch
+from torch import nn
 
 from bt_core import storage
 from bt_core.errors import WeightsError
@@ -120,6 +122,22 @@ def check_weights(folder: str) -> dict[str, Any]:
         "sha256": _digest(path),
         "digests_compared": has_sums,
     }
+
+
+def initial_weights(backbone: nn.Module, source: str) -> str:
+    """Return what a backbone starts from: `none`, or the source with the SHA-256 of all tensors.
+
+    Args:
+        backbone: with its initial weights.
+        source: `ModelSpec.weights_source`.
+    """
+    if source == "none":
+        return source
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return f"{source} {digest.hexdigest()}"
 
 
 def _compare_digests(folder: str) -> None:

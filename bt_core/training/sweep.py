@@ -157,11 +157,13 @@ class Candidate:
         name: of the recipe.
         content: its settings in JSON form, with what is fixed for all trials.
         notes: how it differs from the recipe file, for people.
+        started_from: see `weights.initial_weights`.
     """
 
     name: str
     content: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    started_from: str = "none"
 
     def recipe(self, point: Mapping[str, Any]) -> Recipe:
         """Return the recipe of one trial.

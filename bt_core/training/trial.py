@@ -15,7 +15,7 @@ from bt_core.data.catalog import Dataset
 from bt_core.errors import ConfigError, UsageError, WeightsError
 from bt_core.log import logger
 from bt_core.models.classifier import build_classifier
-from bt_core.models.weights import check_weights
+from bt_core.models.weights import check_weights, initial_weights
 from bt_core.training.cpu import set_up_process
 from bt_core.training.engine import KEPT, SCORE, Predictions
 from bt_core.training.folds import load_rows, train_fold
@@ -178,19 +178,21 @@ def with_weights(
 def _with_weights(
     candidate: Candidate, held: dict[str, str], missing: str, num_classes: int
 ) -> Candidate:
-    model = candidate.recipe({}).model
-    own = model.weights
-    fitting = [source for source, backbone in held.items() if backbone == model.backbone]
+    spec = candidate.recipe({}).model
+    own = spec.weights
+    fitting = [source for source, backbone in held.items() if backbone == spec.backbone]
     tried = [own] if own == "none" else [*fitting, own]
     for weights in tried:
         try:
             recipe = candidate.recipe({"model.weights": weights})
-            build_classifier(recipe.model, recipe.preprocess, num_classes)
+            model, _, _ = build_classifier(recipe.model, recipe.preprocess, num_classes)
         except WeightsError:
             if weights != own or missing == "error":
                 raise
             continue
-        return Candidate(candidate.name, recipe.model_dump(mode="json"), candidate.notes)
+        content, source = recipe.model_dump(mode="json"), recipe.model.weights_source
+        started_from = initial_weights(model.backbone, source)
+        return Candidate(candidate.name, content, candidate.notes, started_from)
     logger.warning("%s: %s weights cannot be had; it starts from none", candidate.name, own)
     recipe = candidate.recipe({"model.weights": "none"})
     note = f"{own.partition(':')[0]} weights not at hand: starts from none"

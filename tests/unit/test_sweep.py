@@ -159,6 +159,8 @@ def test_weights_of_a_sweep_must_be_whole_and_fit_some_recipe(tmp_path):
     own, other = with_weights(found, [f"local-dir:{tmp_path}"], "none", 4)
     assert other.recipe({}).model.weights == "none"
     assert own.recipe({}).model.weights == f"local-dir:{tmp_path}"
+    assert own.started_from.startswith("local-dir ")
+    assert other.started_from == "none"
 
 
 @pytest.mark.parametrize(("folds", "epochs"), [(3, 2), (3, 6), (5, 3), (3, 9)])
