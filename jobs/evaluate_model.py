@@ -50,7 +50,7 @@ class ModelEvaluation:
         explained = self._explained(clean) if self.depth else None
         if self.depth:
             figures["robustness"] = self._robustness(clean)
-            figures["shortcuts"] = self._shortcuts(clean)
+            figures["shortcuts"] = self._shortcuts(scans)
         write_report(self.out, predictions, explained, figures, info, self.tested)
         _print_summary(figures, self.tested)
         self._write_card(figures)
@@ -90,14 +90,17 @@ class ModelEvaluation:
         truth_of = {str(i): (int(k), str(f)) for i, k, f in zip(*columns, strict=True)}
         return robustness_figures(answered, truth_of, self.bundle.info.label_space)
 
-    def _shortcuts(self, clean: "Scans") -> dict[str, Any]:
-        """Return how well the classes of some scans are told without seeing a tumour."""
+    def _shortcuts(self, scans: "Scans") -> dict[str, Any]:
+        """Return how well the classes of some scans are told without seeing a tumour.
+
+        Nothing is trained on but the test scans themselves, so copies in training do no harm.
+        """
         from bt_core.data.explore import choose, read_rows
         from bt_core.data.explore_stage import ExploreStage
         from bt_core.data.pipeline import decode_catalog
         from bt_core.data.probe import NUM_PROBED, probe_shortcuts
 
-        refs = self._refs(clean.scan_id.tolist(), "label", "given_split", "group")
+        refs = self._refs(scans.scan_id.tolist(), "label", "given_split", "group")
         refs = choose(refs, NUM_PROBED, shown_per_row=0, seed=0)
         stage = ExploreStage(self.bundle.info.members[0].preprocess)
         rows = read_rows(decode_catalog(refs.filter(refs["sampled"]), stage).sort_by("scan_id"))
