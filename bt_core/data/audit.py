@@ -110,8 +110,8 @@ def _across_splits(
             if split_of[row] in ("", "train"):
                 continue
             own = counts.setdefault(split_of[row], {"all": Counter(), "by_class": {}})
-            found = {"num_scans": 1, "num_exact": k in trained, "num_copies": k in near}
-            found["num_in_family"] = family_of[row] in families
+            found = {"num_scans": 1, "num_exact": int(k in trained), "num_copies": int(k in near)}
+            found["num_in_family"] = int(family_of[row] in families)
             own["all"].update(found)
             if label_of[row]:
                 own["by_class"].setdefault(label_of[row], Counter()).update(found)
