@@ -125,7 +125,7 @@ def sheet_png(rows: Sequence[Mapping[str, Any]], label_of: Mapping[str, str]) ->
         _draw_overlay(axes, row)
         said, true = row["predicted_label"], label_of[row["scan_id"]]
         title = readable(said) if said == true else f"{readable(said)}\nis {readable(true)}"
-        axes.set_title(f"{title}, {row['confidence']:.2f}", fontsize=7)
+        axes.set_title(f"{title}, {row['confidence']:.2f}", fontsize=9)
     return figure_png(figure)
 
 
