@@ -50,9 +50,9 @@ def _data_points(
     figures: Mapping[str, Any], bundle: BundleInfo, tested: EvaluatedScans
 ) -> list[Point]:
     clean, flow = figures["clean"], figures["flow"]
-    counts = ", ".join(f"{n} {c}" for n, c in figures["all"]["counts"].items())
-    left_out = ", ".join(f"{n} {reason}" for reason, n in tested.num_left_out.items()) or "none"
-    outcomes = ", ".join(f"{status} {n}" for status, n in flow["by_status"].items())
+    counts = ", ".join(f"{_words(n)} {c}" for n, c in figures["all"]["counts"].items())
+    left_out = ", ".join(f"{n} {_words(why)}" for why, n in tested.num_left_out.items()) or "none"
+    outcomes = ", ".join(f"{_words(status)} {n}" for status, n in flow["by_status"].items())
     return [
         Point(
             "Intended use, users, out of scope, status",
@@ -91,6 +91,10 @@ def _data_points(
             f"answered were wrong, the accuracy would be {flow['worst_case']['accuracy']:.3f}.",
         ),
     ]
+
+
+def _words(code: str) -> str:
+    return code.replace("_", " ")
 
 
 def _apart(tested: EvaluatedScans) -> str:
@@ -149,7 +153,7 @@ def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point
         ),
         Point(
             "Decision curves",
-            f"For {', '.join(n.replace('_', ' ') for n in clean['decision_curves'])}, against "
+            f"For {', '.join(_words(n) for n in clean['decision_curves'])}, against "
             "treating all and none, with bands by family.",
         ),
         Point(
@@ -177,7 +181,7 @@ def _use_points(figures: Mapping[str, Any], external: bool) -> list[Point]:
         Point(
             "Subgroups",
             f"Every column of the catalog, corrected for their number. Lowest accuracy: "
-            f"{worst['column'].replace('_', ' ')} {worst['value']}, "
+            f"{_words(worst['column'])} {worst['value']}, "
             f"{worst['accuracy']['value']:.3f}"
             f"{', below the others beyond chance' if worst['below_others'] else ''}."
             if worst
