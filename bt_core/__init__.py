@@ -1,3 +1,3 @@
 """The library: pixels, datasets, classifiers, training, ensembles, inference, evaluation."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,11 @@ class Resources:
 
 
 @contextmanager
-def session(num_cpus: int | None = None, dashboard: bool = False) -> Iterator[Resources]:
+def session(
+    num_cpus: int | None = None,
+    dashboard: bool = False,
+    worker_env: Mapping[str, str] | None = None,
+) -> Iterator[Resources]:
     """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), or start Ray on this machine.
 
     A Ray that was running in this process already is used and left running. Ray itself protects a
@@ -48,13 +52,15 @@ def session(num_cpus: int | None = None, dashboard: bool = False) -> Iterator[Re
         num_cpus: logical CPUs of a local Ray; None takes all cores, and two at least, since an
             actor and the tasks that feed it need one each.
         dashboard: give a local Ray its dashboard, ten processes more, which takes jobs too.
+        worker_env: environment variables of all processes that work for this one, besides their
+            own. Without effect on a Ray that was running in this process already.
 
     Raises:
         UsageError: if the cluster cannot be reached.
     """
     started = not ray.is_initialized()
     if started:
-        _init(num_cpus, dashboard)
+        _init(num_cpus, dashboard, worker_env)
     try:
         resources = ray.cluster_resources()
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -92,12 +98,18 @@ def choose_device(device: str, resources: Resources) -> str:
     return device
 
 
-def _init(num_cpus: int | None, dashboard: bool) -> None:
+def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] | None) -> None:
+    environment = {"env_vars": dict(worker_env)} if worker_env else None
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         if address:
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+            ray.init(
+                address=address,
+                runtime_env=environment,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
             return
         cores = num_cpus or max(2, len(os.sched_getaffinity(0)))
         os.environ.setdefault("RAY_task_oom_retries", "2")  # Ray's default is for ever
@@ -106,6 +118,7 @@ def _init(num_cpus: int | None, dashboard: bool) -> None:
         ray.init(
             address="local",
             num_cpus=cores,
+            runtime_env=environment,
             include_dashboard=dashboard,
             logging_level=logging.WARNING,
             log_to_driver=False,

@@ -76,8 +76,11 @@ _LOCATIONS: Final = frozenset(
         "resolve",
         "keep_splits",
         "sweep",
+        "report",
         "reports",
         "models",
+        "trained_on",
+        "folder",
     }
 )
 """Parameters that hold paths, made absolute for a submitted job, whose folder is another."""

@@ -60,7 +60,8 @@ def run(
         bool,
         typer.Option(
             "--depth/--no-depth",
-            help="Draw heat maps, and answer some scans again with noise, blur and the like.",
+            help="Draw heat maps, answer some scans again with noise, blur and the like, and probe "
+            "for shortcuts.",
         ),
     ] = True,
     require: RequireOption = None,

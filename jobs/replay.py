@@ -20,7 +20,7 @@ def run(
     from bt_core.data.views import ensure_view
     from bt_core.models.classifier import build_classifier
     from bt_core.models.run import environment
-    from bt_core.models.weights import initial_weights
+    from bt_core.models.weights import initial_sha256
     from bt_core.training.recipe import Recipe
     from bt_core.training.trial import differences, read_records, replay
     from cluster.session import session
@@ -44,8 +44,8 @@ def run(
     model, _, _ = build_classifier(
         recipe.model, recipe.preprocess, dataset.info.label_space.num_classes
     )
-    started_from = initial_weights(model.backbone, recipe.model.weights_source)
-    now, was = environment() | {"initial_weights": started_from}, record.environment
+    started_from = initial_sha256(model.backbone, recipe.model.weights_source)
+    now, was = environment() | {"initial_weights_sha256": started_from}, record.environment
     others = [f"{k} {v} (now {now.get(k, 'none')})" for k, v in was.items() if now.get(k) != v]
     print(f"{len(found)} figures differ; trained with: {', '.join(others) or 'equal versions'}")
     return EXIT_FAILED

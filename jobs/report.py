@@ -25,7 +25,8 @@ def run(
     names = bundle.label_space.names
     shares = class_shares(prevalence, names) if prevalence else before["prevalence"]
     figures = evaluate(predictions, bundle, shares)
-    figures["robustness"] = before["robustness"]  # that one needs the model
+    for name in ("robustness", "shortcuts"):  # these need the scans
+        figures[name] = before.get(name)
     write_report(report, predictions, explained, figures, bundle, tested)
     print(f"report in {storage.join(report, 'report.html')}")
     return EXIT_OK if all_met(requirements, figures) else EXIT_FAILED

@@ -55,6 +55,7 @@ def run(
     """Try recipes and settings on validation scans only, or go on with an interrupted sweep."""
     from bt_core.config import parse
     from bt_core.data.catalog import Dataset
+    from bt_core.training.cpu import WORKER_ENV
     from bt_core.training.search import prepare_views, search
     from bt_core.training.sweep import SweepSpec, candidates, load_sweep
     from bt_core.training.sweep_job import Job, plan_slots
@@ -76,7 +77,7 @@ def run(
     out = storage.absolute(out)
     _refuse_finished(out, overwrite)
     found = with_weights(found, weights or [], spec.missing_weights, space.num_classes)
-    with session() as resources:
+    with session(worker_env=WORKER_ENV) as resources:
         slots = plan_slots(
             spec, resources.num_cpus, resources.num_gpus, resources.largest_node_cpus
         )

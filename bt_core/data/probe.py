@@ -71,6 +71,9 @@ def probe_shortcuts(rows: pa.Table, groups: Sequence[str], seed: int = 0) -> dic
     result["majority"] = max(Counter(labels_N.tolist()).values()) / len(labels_N)
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
     folds = list(splitter.split(labels_N, labels_N, groups_N))
+    if any(len(set(labels_N[train])) < len(classes) for train, _ in folds):
+        why = "Not probed for shortcuts: the groups of some class do not fill two folds."
+        return result | {"features": {}, "verdict": {"level": "not probed", "sentence": why}}
     features = {}
     for name, values_ND in feature_groups(rows).items():
         right_N = _predicted(values_ND, labels_N, folds) == labels_N
@@ -130,8 +133,9 @@ def _balanced(
     draws = (
         rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups)) for _ in range(_NUM_DRAWS)
     )
-    recalls = [(draw @ right_GK) / np.maximum(draw @ total_GK, 1) for draw in draws]
-    low, high = np.percentile(np.mean(recalls, axis=1), (2.5, 97.5))
+    drawn = [(draw @ right_GK, draw @ total_GK) for draw in draws]
+    whole = [right_K / total_K for right_K, total_K in drawn if total_K.all()]
+    low, high = np.percentile(np.mean(whole, axis=1), (2.5, 97.5))
     return float((right_GK.sum(0) / total_GK.sum(0)).mean()), float(low), float(high)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from bt_core.evaluation.evaluated import EvaluatedScans
 from bt_core.evaluation.intervals import interval_text
+from bt_core.evaluation.predictions import SLICE_COLUMNS
 from bt_core.models.bundle import BundleInfo
 from bt_core.scans.members import ATTRIBUTES
 
@@ -65,8 +66,8 @@ def _data_points(
             "Data: source, version, counts, partitions",
             f"{flow['num_scans']} test scans ({counts}), digest {tested.digest[:16]}; trained on "
             f"the dataset {str(bundle.provenance.get('dataset_digest', ''))[:16]}.",
-            "dates, sites, scanners, sequences and demographics, because the sources do not state "
-            "them for each scan",
+            "dates and demographics, which are never read; sites, scanners and sequences, unless "
+            "a list as source states them",
         ),
         Point(
             "Reference standard",
@@ -87,10 +88,22 @@ def _data_points(
         ),
         Point(
             "Flow of scans",
-            f"{flow['num_scans']} tested: {outcomes}. Left out before: {left_out}. If what was not "
-            f"answered were wrong, the accuracy would be {flow['worst_case']['accuracy']:.3f}.",
+            f"{flow['num_scans']} tested: {outcomes}. Left out before: {left_out}."
+            + _worst_case(flow),
+            "a worst case with what was left out before" if tested.num_left_out else "",
         ),
     ]
+
+
+def _worst_case(flow: Mapping[str, Any]) -> str:
+    """Return what the unanswered scans could change, as a sentence; empty where there are none."""
+    worst = flow["worst_case"]
+    if not worst["num_unanswered"]:
+        return ""
+    return (
+        f" Were the {worst['num_unanswered']} without an answer wrong, the headline would be "
+        f"{worst['accuracy']:.3f}."
+    )
 
 
 def _words(code: str) -> str:
@@ -175,19 +188,20 @@ def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point
 def _use_points(figures: Mapping[str, Any], external: bool) -> list[Point]:
     worst, robust = figures["slices"]["worst"], figures.get("robustness")
     sliced = {one["column"] for one in figures["slices"]["slices"]}
+    unknown = [name for name in ATTRIBUTES if name not in sliced]
     maps = figures.get("explanations")
     deep = "it was not measured; leave out --no-depth"
     return [
         Point(
             "Subgroups",
-            f"Every column of the catalog, corrected for their number. Lowest accuracy: "
-            f"{_words(worst['column'])} {worst['value']}, "
+            f"Columns of the catalog, corrected for their number. Lowest accuracy: "
+            f"{SLICE_COLUMNS[worst['column']]} {worst['value']}, "
             f"{worst['accuracy']['value']:.3f}"
             f"{', below the others beyond chance' if worst['below_others'] else ''}."
             if worst
             else "",
-            f"{', '.join(n for n in ATTRIBUTES if n not in sliced)}: a list as source may give "
-            "them; age, sex and tumour size, which are never read",
+            "age, sex and tumour size, which are never read"
+            + (f"; {', '.join(unknown)}, unless a list as source gives several" if unknown else ""),
         ),
         Point(
             "External test, robustness, other inputs",
@@ -229,16 +243,18 @@ def _comparison(figures: Mapping[str, Any], deep: str) -> Point:
         answers.append("Members against their ensemble by exchanging answers on whole families.")
     else:
         missing.append("one model only; bt compare holds several side by side")
-    probed = figures.get("shortcuts") or {"features": {}}
-    if probed["features"]:
+    probed = figures.get("shortcuts")
+    if probed and probed["features"]:
         blind = [f for f in probed["features"].values() if f["blind"]]
         best = max(blind, key=lambda f: float(f["balanced_accuracy"]))
         thumbnail = probed["features"]["thumbnail"]["balanced_accuracy"]
         own = interval_text(figures["clean"]["by_scan"]["balanced_accuracy"])
         answers.append(
             f"Balanced accuracy {own}; a regression on thumbnails has {thumbnail:.3f}, one on "
-            f"{best['title']}, which sees no tumour, {best['balanced_accuracy']:.3f}."
+            f"{best['title']}, which cannot see where a tumour is, {best['balanced_accuracy']:.3f}."
         )
+    elif probed:
+        missing.append(probed["verdict"]["sentence"].rstrip("."))
     else:
         missing.append(f"regressions on simple features: {deep}")
     return Point("Comparison", " ".join(answers), "; ".join(missing))

@@ -6,6 +6,7 @@ from typing import Any
 from bt_core.evaluation.evaluated import EvaluatedScans
 from bt_core.evaluation.intervals import interval_text
 from bt_core.models.bundle import BundleInfo
+from bt_core.scans.members import ATTRIBUTES
 
 _CARD = """\
 ---
@@ -31,8 +32,7 @@ on patients, other organs, other modalities, whole volumes.
 {figures}
 Limits: neighbouring slices of one patient may stand on both sides of the split where the scans
 carry no patient id, so figures are upper bounds. Scans that are no brain MRI are not recognised.
-The sources name no sites, scanners or groups of people, so nothing is known about differences
-between them. Heat maps show what moved an answer, not where a tumour is.
+{groups} Heat maps show what moved an answer, not where a tumour is.
 """
 
 _VALIDATION = """\
@@ -84,9 +84,25 @@ def model_card(
         healthy_above=info.review.healthy_above,
         missed=info.review.max_missed_tumor_rate,
         dataset_digest=info.provenance["dataset_digest"][:16],
+        groups=_groups(figures),
         figures=_VALIDATION.format(**info.metrics)
         if figures is None or tested is None
         else _tested(figures, tested),
+    )
+
+
+def _groups(figures: Mapping[str, Any] | None) -> str:
+    """Return what is known of differences between sites and the like, as sentences."""
+    slices = figures["slices"]["slices"] if figures else []
+    known = [name for name in ATTRIBUTES if name in {one["column"] for one in slices}]
+    if not known:
+        return (
+            "Nothing is known about differences between sites, scanners or groups of people, which"
+            "\nthe sources do not name."
+        )
+    return (
+        f"Figures by {', '.join(known)} are in the report. Nothing is known about differences"
+        "\nbetween groups of people."
     )
 
 

@@ -24,7 +24,7 @@ from bt_core.evaluation import plots
 from bt_core.evaluation.checklist import checklist
 from bt_core.evaluation.evaluated import EvaluatedScans
 from bt_core.evaluation.model_card import model_card
-from bt_core.evaluation.predictions import Scans
+from bt_core.evaluation.predictions import SLICE_COLUMNS, Scans
 from bt_core.evaluation.report import SCHEMA_VERSION
 from bt_core.evaluation.reported import REPORTED
 from bt_core.evaluation.sheets import KINDS, chosen_scans, map_figures, sheets
@@ -34,6 +34,8 @@ _FILES: Final = frozenset(
     {"metrics.json", "inputs.json", "report.html", "checklist.html", "MODEL_CARD.md",
      "predictions.parquet", "explanations.parquet"}
 )  # fmt: skip
+_READABLE: Final = (1, SCHEMA_VERSION)
+"""Versions of metrics.json: what a report is made again from is alike in these."""
 _PICTURES: Final = frozenset(
     {"confusion", "classes", "curves", "calibration", "deferral", "decision", "robustness",
      "embedding", "training", "sheet"}
@@ -79,8 +81,32 @@ def write_report(
         "same_dataset_as_training": tested.digest == bundle.provenance.get("dataset_digest"),
         "num_test_openings": tested.num_openings,
     }
+    files = _rendered(figures, bundle, tested, provenance, pictures)
+    files |= {f"{name}.png": png for name, png in pictures.items()}
+    files["MODEL_CARD.md"] = model_card(bundle, figures, tested).encode()
+    if storage.exists(storage.join(location, "metrics.json")):
+        _clear(location)
+    for name, content in files.items():
+        storage.write_bytes(storage.join(location, name), content)
+    storage.write_table(storage.join(location, "predictions.parquet"), predictions)
+    if explained is not None:
+        maps = _without_hidden_pictures(explained, {i for kind in KINDS for i in chosen[kind]})
+        storage.write_table(storage.join(location, "explanations.parquet"), maps)
+    inputs = {"bundle": bundle.model_dump(mode="json"), "tested": tested.model_dump(mode="json")}
+    storage.write_json(storage.join(location, "inputs.json"), inputs)
+    storage.write_json(storage.join(location, "metrics.json"), {**figures, **provenance})
+
+
+def _rendered(
+    figures: dict[str, Any],
+    bundle: BundleInfo,
+    tested: EvaluatedScans,
+    provenance: dict[str, Any],
+    pictures: dict[str, bytes],
+) -> dict[str, bytes]:
+    """Return the pages by their names."""
     points = checklist(figures, bundle, tested)
-    pages = {
+    return {
         name: render(
             "bt_core.evaluation",
             f"{name}.j2",
@@ -91,24 +117,12 @@ def write_report(
             names=bundle.label_space.names,
             pictures=pictures,
             sheet_titles=KINDS,
+            column_titles=SLICE_COLUMNS,
             reported=[row for row in REPORTED if row[1] == bundle.label_space.task],
             points=points,
         )
         for name in ("report.html", "checklist.html")
     }
-    pages |= {f"{name}.png": png for name, png in pictures.items()}
-    pages["MODEL_CARD.md"] = model_card(bundle, figures, tested).encode()
-    if storage.exists(storage.join(location, "metrics.json")):
-        _clear(location)
-    for name, content in pages.items():
-        storage.write_bytes(storage.join(location, name), content)
-    storage.write_table(storage.join(location, "predictions.parquet"), predictions)
-    if explained is not None:
-        maps = _without_hidden_pictures(explained, {i for kind in KINDS for i in chosen[kind]})
-        storage.write_table(storage.join(location, "explanations.parquet"), maps)
-    inputs = {"bundle": bundle.model_dump(mode="json"), "tested": tested.model_dump(mode="json")}
-    storage.write_json(storage.join(location, "inputs.json"), inputs)
-    storage.write_json(storage.join(location, "metrics.json"), {**figures, **provenance})
 
 
 def refuse_without_clean(figures: dict[str, Any]) -> None:
@@ -138,7 +152,7 @@ def read_report(
     """
     try:
         figures = storage.read_json(storage.join(location, "metrics.json"))
-        if figures.get("schema_version") != SCHEMA_VERSION:
+        if figures.get("schema_version") not in _READABLE:
             raise UsageError(
                 f"{location} was written by another version of bt (schema "
                 f"{figures.get('schema_version')}, not {SCHEMA_VERSION}); give bt evaluate again"

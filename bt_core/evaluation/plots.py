@@ -18,8 +18,10 @@ from bt_core.labels import LabelSpace
 
 def report_pictures(figures: dict[str, Any], clean: Scans, space: LabelSpace) -> dict[str, bytes]:
     """Return the pictures of a report by name, all of the scans without a copy in training."""
-    robustness = figures["robustness"]
+    robustness, decisions = figures["robustness"], figures["clean"]["decision_curves"]
     extra = {} if robustness is None else {"robustness": _robustness_png(robustness["curves"])}
+    if decisions:  # there are none where all scans have a tumour, or none has
+        extra["decision_curves"] = _decision_curves_png(decisions)
     return {
         **extra,
         "confusion_matrix": confusion_matrix_png(figures["clean"]["confusion_matrix"], space.names),
@@ -27,7 +29,6 @@ def report_pictures(figures: dict[str, Any], clean: Scans, space: LabelSpace) ->
         "curves": _curves_png(clean, space),
         "calibration": _calibration_png(figures["clean"], clean),
         "deferral": _deferral_png(figures["clean"]["deferral"]),
-        "decision_curves": _decision_curves_png(figures["clean"]["decision_curves"]),
     }
 
 
@@ -213,7 +214,8 @@ def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[0]:  # none where scans are of one class alone
+        axes.legend(fontsize=8)
 
 
 def training_curves_png(history: Sequence[dict[str, Any]]) -> bytes:

@@ -17,11 +17,19 @@ from bt_core.evaluation.intervals import family_codes
 from bt_core.labels import LabelSpace
 from bt_core.scans.members import ATTRIBUTES
 
-SLICE_COLUMNS: Final = (
-    *ATTRIBUTES,
-    "given_split", "format", "width", "height", "bit_depth", "channels", "num_bytes", "steps",
-)  # fmt: skip
-"""Columns of the catalog by which figures are told apart; the first where a list gives them."""
+SLICE_COLUMNS: Final = {
+    **{name: name for name in ATTRIBUTES},
+    "given_split": "split of the source",
+    "format": "format",
+    "width": "width, px",
+    "height": "height, px",
+    "bit_depth": "bits",
+    "channels": "channels",
+    "num_bytes": "size of the file, bytes",
+    "steps": "changed while decoding",
+}
+"""Columns of the catalog by which figures are told apart, and what people call them; the first are
+there where a list gives them."""
 
 ANSWERED: Final = ("scored", "deferred")
 """Statuses of scans that got an answer, for a person to review perhaps."""

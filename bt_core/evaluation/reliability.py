@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
+from scipy.optimize import minimize
 from scipy.special import expit, logit
 from scipy.stats import t as student
 
@@ -16,7 +17,6 @@ Bins = list[dict[str, Any]]
 Equal = Literal["width", "mass"]
 _NUM_BINS: Final = 15
 _NUM_DRAWS: Final = 500
-_MOST_STEPS: Final = 50
 _SURE: Final = 1e-6
 """Probabilities nearer to 0 or 1 are taken as this near, so that their log odds are finite."""
 
@@ -119,7 +119,8 @@ def _error(
     The error of a sample lies above the true one, that of a draw from the sample as much again; so
     the interval is the basic one, the draws mirrored at the value (Davison & Hinkley 1997, 5.2). It
     begins at 0 unless the value is beyond those of draws without any error, of what is left of the
-    gaps when the sample's own are taken off.
+    gaps when the sample's own are taken off. Mirrored, it could not end above twice the value, far
+    too low where that is small by chance; so it ends no lower than the draws without their bias.
     """
     values, draws, without = [], [], []
     num_F = np.bincount(family_N)
@@ -136,10 +137,12 @@ def _error(
     if len(num_F) < FEWEST:
         return Estimate(value=value, low=None, high=None)
     tail = 100 * (1 - LEVEL) / 2
-    least, most = np.percentile(np.mean(draws, axis=0), (tail, 100 - tail))
+    drawn_D = np.mean(draws, axis=0)
+    least, most = np.percentile(drawn_D, (tail, 100 - tail))
     is_none = value <= np.percentile(np.mean(without, axis=0), 100 - tail)
     low = 0.0 if is_none else max(0.0, 2 * value - most)
-    return Estimate(value=value, low=low, high=max(low, 2 * value - least))
+    high = max(low, 2 * value - least, most - (drawn_D.mean() - value))
+    return Estimate(value=value, low=low, high=float(high))
 
 
 def _coefficients(
@@ -147,25 +150,31 @@ def _coefficients(
 ) -> list[Estimate]:
     """Return the coefficients of a logistic regression, with intervals robust to families.
 
-    By Newton's method; the variance is the sandwich over families (Liang & Zeger 1986). Undefined
-    where one side is empty, or a threshold divides the two sides, for then there is no maximum.
+    The variance is the sandwich over families (Liang & Zeger 1986). Undefined where one side is
+    empty, or a threshold divides the two sides, for then there is no maximum.
     """
     num_families = int(family_N.max()) + 1
-    beta_P, nothing = np.zeros(x_NP.shape[1]), Estimate(value=None, low=None, high=None)
-    bread_PP = np.eye(len(beta_P))
-    for _ in range(_MOST_STEPS):
-        said_N = expit(x_NP @ beta_P + offset_N)
-        slope_P = x_NP.T @ (true_N - said_N)
-        information_PP = (x_NP * (said_N * (1 - said_N))[:, None]).T @ x_NP
-        if np.linalg.cond(information_PP) > 1e12:
-            return [nothing] * len(beta_P)
-        bread_PP = np.linalg.inv(information_PP)
-        step_P = bread_PP @ slope_P
-        beta_P = beta_P + step_P
-        if np.abs(step_P).max() < 1e-9:
-            break
-    else:
-        return [nothing] * len(beta_P)
+    nothing = [Estimate(value=None, low=None, high=None)] * x_NP.shape[1]
+    log_odds_N = x_NP[:, -1] if x_NP.shape[1] > 1 else np.zeros(len(true_N))
+    sides = [log_odds_N[true_N], log_odds_N[~true_N]]
+    if not all(map(len, sides)):
+        return nothing
+    apart = sides[0].min() >= sides[1].max() or sides[0].max() <= sides[1].min()
+    if x_NP.shape[1] > 1 and apart:
+        return nothing
+
+    def loss(beta_P: np.ndarray) -> tuple[float, np.ndarray]:
+        z_N = x_NP @ beta_P + offset_N
+        value = np.logaddexp(0, z_N).sum() - z_N[true_N].sum()
+        return float(value), x_NP.T @ (expit(z_N) - true_N)
+
+    found = minimize(loss, np.zeros(x_NP.shape[1]), jac=True, method="BFGS", options={"gtol": 1e-6})
+    beta_P = found.x
+    said_N = expit(x_NP @ beta_P + offset_N)
+    information_PP = (x_NP * (said_N * (1 - said_N))[:, None]).T @ x_NP
+    if not np.isfinite(beta_P).all() or np.linalg.cond(information_PP) > 1e12:
+        return nothing
+    bread_PP = np.linalg.inv(information_PP)
     score_FP = np.zeros((num_families, len(beta_P)))
     np.add.at(score_FP, family_N, x_NP * (true_N - said_N)[:, None])
     enough = num_families / max(1, num_families - 1)

@@ -138,14 +138,16 @@ def _worst_case(predictions: pa.Table, clean: Scans, space: LabelSpace) -> dict[
     """Return the figures if every scan that got no answer had got a wrong one.
 
     Returns:
-        num_unanswered (without those with a copy in training); accuracy and missed_tumor_rate, by
-        scan, over the clean scans and these.
+        num_unanswered (without those with a copy in training, and without those deferred, which
+        have an answer); accuracy and missed_tumor_rate, by scan, over the clean scans and these.
     """
-    columns = predictions.select(["status", "label", "copy_in_training"]).to_pylist()
+    columns = ["status", "label", "group", "copy_in_training", "seen_in_training"]
+    rows = predictions.select(columns).to_pylist()
+    trained_on = {r["group"] for r in rows if r["copy_in_training"] or r["seen_in_training"]}
     unanswered = [
         row["label"] != space.names[space.healthy]
-        for row in columns
-        if row["status"] not in ANSWERED and not row["copy_in_training"]
+        for row in rows
+        if row["status"] not in ANSWERED and (not row["group"] or row["group"] not in trained_on)
     ]
     tumour_N = clean.labels_N != space.healthy
     missed = (clean.probs_NK.argmax(1) == space.healthy) & tumour_N

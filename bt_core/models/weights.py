@@ -124,8 +124,8 @@ def check_weights(folder: str) -> dict[str, Any]:
     }
 
 
-def initial_weights(backbone: nn.Module, source: str) -> str:
-    """Return what a backbone starts from: `none`, or the source with the SHA-256 of all tensors.
+def initial_sha256(backbone: nn.Module, source: str) -> str:
+    """Return the SHA-256 of all tensors that a backbone starts from; `none` without weights.
 
     Args:
         backbone: with its initial weights.
@@ -137,7 +137,7 @@ def initial_weights(backbone: nn.Module, source: str) -> str:
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
-    return f"{source} {digest.hexdigest()}"
+    return digest.hexdigest()
 
 
 def _compare_digests(folder: str) -> None:

@@ -28,7 +28,9 @@ UNREADABLE_FOLDER: Final = "folder that cannot be read"
 
 
 ATTRIBUTES: Final = ("site", "scanner", "sequence", "plane", "source")
-"""Columns of a list by which figures are told apart; none says who a patient is."""
+"""Columns of a list by which figures are told apart. Their texts stand in reports."""
+MOST_VALUES: Final = 20
+"""Distinct texts of an attribute; with more of them it may tell scans, or patients, apart."""
 
 
 @dataclass(frozen=True)

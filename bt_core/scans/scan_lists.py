@@ -12,6 +12,7 @@ from typing import Any, Final
 from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bt_core import storage
@@ -19,7 +20,7 @@ from bt_core.errors import SourceError, UsageError
 from bt_core.log import logger
 from bt_core.scans.identity import patient_hash
 from bt_core.scans.limits import Limits
-from bt_core.scans.members import Lister, ScanRef
+from bt_core.scans.members import ATTRIBUTES, MOST_VALUES, Lister, ScanRef
 
 SUFFIXES: Final = (".csv", ".tsv", ".parquet")
 _COLUMNS: Final = {
@@ -89,6 +90,13 @@ def _rows(source: str, given: Limits) -> list[tuple[str, ...]]:
             raise SourceError(f"{shown} is over {_MAX_LIST_BYTES} bytes, too long for a list")
         is_parquet = source.lower().endswith(".parquet")
         columns = _parquet(content, given, shown) if is_parquet else _text(content, shown)
+        for name in [name for name in ATTRIBUTES if name in columns]:
+            if not _is_shareable(columns[name]):
+                logger.warning(
+                    "the list's %s is not used: it has over %d values, or one that looks like a "
+                    "path or a person's name (with / \\ ^ or @)", name, MOST_VALUES
+                )  # fmt: skip
+                del columns[name]
     except SourceError:
         raise
     except Exception as error:  # of the store, csv and Arrow, which may quote a patient's row
@@ -98,6 +106,12 @@ def _rows(source: str, given: Limits) -> list[tuple[str, ...]]:
         ) from None
     blank = [""] * len(columns["path"])
     return list(zip(*(columns.get(role, blank) for role in _COLUMNS), strict=True))
+
+
+def _is_shareable(texts: list[str]) -> bool:
+    """Return whether an attribute's texts may stand in a report that strangers read."""
+    distinct = set(texts)
+    return len(distinct) <= MOST_VALUES and not any(set("/\\^@") & set(t) for t in distinct)
 
 
 def _roles(names: list[str], shown: str) -> dict[str, int]:
@@ -162,8 +176,18 @@ def _parquet(content: bytes, given: Limits, shown: str) -> dict[str, list[str]]:
     names = file.schema_arrow.names
     wanted = {role: names[i] for role, i in _roles(names, shown).items()}
     table = file.read(columns=list(wanted.values()))
-    return {role: _strings(table[name]) for role, name in wanted.items()}
+    found = {}
+    for role, name in wanted.items():
+        try:
+            found[role] = _strings(table[name])
+        except pa.ArrowNotImplementedError:
+            if role not in ATTRIBUTES:
+                raise
+            logger.warning("the list's column %s is not used: it holds no texts", name)
+    return found
 
 
 def _strings(column: Any) -> list[str]:
+    if pa.types.is_floating(column.type):  # what pandas writes for a missing number
+        column = pc.if_else(pc.is_nan(column), None, column)
     return ["" if value is None else value for value in column.cast(pa.string()).to_pylist()]

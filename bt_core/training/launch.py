@@ -26,7 +26,8 @@ from bt_core.log import logger
 from bt_core.models.classifier import build_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.run import HISTORY_FILE, Run, RunInfo, environment, read_history
-from bt_core.models.weights import initial_weights
+from bt_core.models.weights import initial_sha256
+from bt_core.training.cpu import WORKER_ENV
 from bt_core.training.engine import KEPT, progress_line
 from bt_core.training.recipe import Recipe
 from bt_core.training.stages import check_stages
@@ -164,6 +165,7 @@ def _trainer(
         run_config=RunConfig(
             name="checkpoints",
             storage_path=location,
+            worker_runtime_env={"env_vars": WORKER_ENV},
             failure_config=FailureConfig(
                 max_failures=MAX_FAILURES,
                 controller_failure_limit=MAX_FAILURES,
@@ -241,7 +243,7 @@ def _finish(
     model, model_spec, preprocess = build_classifier(
         recipe.model, recipe.preprocess, space.num_classes
     )
-    started_from = initial_weights(model.backbone, recipe.model.weights_source)
+    started_from = initial_sha256(model.backbone, recipe.model.weights_source)
     with checkpoint.as_directory() as folder:
         state = torch.load(os.path.join(folder, STATE_FILE), weights_only=True, map_location="cpu")
         validation = storage.read_table(os.path.join(folder, PREDICTIONS_FILE))
@@ -266,7 +268,7 @@ def _finish(
         num_workers=scaling.num_workers,
         device=scaling.device,
         seconds=round(seconds, 1),
-        environment=environment() | {"initial_weights": started_from},
+        environment=environment() | {"initial_weights_sha256": started_from},
     )
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
     seen = dataset.catalog()  # validation scans as well: they chose the epoch, and will calibrate

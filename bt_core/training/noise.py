@@ -25,9 +25,8 @@ from typing import Final
 import numpy as np
 from scipy.stats import t as student
 
-from bt_core.data.explore import holm
+from bt_core.data.explore import ALPHA, holm
 
-ALPHA: Final = 0.05
 _NUM_DRAWS: Final = 2_000
 _MAX_LOG_LOSS: Final = 100.0
 """As in the training's own score."""

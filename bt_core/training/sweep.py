@@ -157,7 +157,7 @@ class Candidate:
         name: of the recipe.
         content: its settings in JSON form, with what is fixed for all trials.
         notes: how it differs from the recipe file, for people.
-        started_from: see `weights.initial_weights`.
+        started_from: see `weights.initial_sha256`.
     """
 
     name: str

@@ -93,7 +93,7 @@ def begin(config: dict[str, Any], job: Job, trial_id: str) -> TrialRecord:
         "dataset_digest": Dataset(job.dataset).info.digest,
         "device": job.slots.device,
         "num_threads": job.slots.cpus,
-        "environment": environment() | {"initial_weights": candidate.started_from},
+        "environment": environment() | {"initial_weights_sha256": candidate.started_from},
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     try:

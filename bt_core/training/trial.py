@@ -15,8 +15,7 @@ from bt_core.data.catalog import Dataset
 from bt_core.errors import ConfigError, UsageError, WeightsError
 from bt_core.log import logger
 from bt_core.models.classifier import build_classifier
-from bt_core.models.weights import check_weights, initial_weights
-from bt_core.training.cpu import set_up_process
+from bt_core.models.weights import check_weights, initial_sha256
 from bt_core.training.engine import KEPT, SCORE, Predictions
 from bt_core.training.folds import load_rows, train_fold
 from bt_core.training.learner import DivergedError, is_out_of_memory
@@ -102,7 +101,7 @@ def run_trial(
     Raises:
         ConfigError, WeightsError, RunError: if it cannot be trained.
     """
-    set_up_process(record.num_threads)
+    torch.set_num_threads(record.num_threads)
     started = time.perf_counter()
     recipe = parse(Recipe, record.recipe, f"recipe of trial {record.trial_id}")
     view = storage.join(dataset.location, "views", record.view)
@@ -191,7 +190,7 @@ def _with_weights(
                 raise
             continue
         content, source = recipe.model_dump(mode="json"), recipe.model.weights_source
-        started_from = initial_weights(model.backbone, source)
+        started_from = initial_sha256(model.backbone, source)
         return Candidate(candidate.name, content, candidate.notes, started_from)
     logger.warning("%s: %s weights cannot be had; it starts from none", candidate.name, own)
     recipe = candidate.recipe({"model.weights": "none"})

@@ -26,7 +26,6 @@ from bt_core.config import parse
 from bt_core.errors import RunError
 from bt_core.models.classifier import Classifier, build_classifier
 from bt_core.models.inputs import Preprocessor
-from bt_core.training.cpu import set_up_process
 from bt_core.training.engine import (
     Batch,
     Predictions,
@@ -212,7 +211,7 @@ def train_loop(config: dict[str, Any]) -> str | None:
     context = ray.train.get_context()
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0))
-        set_up_process(max(1, cores // context.get_local_world_size()))
+        torch.set_num_threads(max(1, cores // context.get_local_world_size()))
     recipe = parse(Recipe, config["recipe"], "recipe")
     torch.manual_seed(recipe.train.seed)
     model, _, preprocess = build_classifier(recipe.model, recipe.preprocess, config["num_classes"])

@@ -1,5 +1,7 @@
 """The faster gradient of strided depthwise convolutions is the same gradient."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +66,29 @@ def test_layers_that_pad_by_themselves_are_met_too(calls: list[object]) -> None:
     with FastDepthwise():
         backbone(torch.randn(2, 3, 64, 64))
     assert len(calls) == 4  # one for each halving behind the stem
+
+
+def test_gradients_in_bf16_are_those_of_float32_but_for_rounding() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(16, 1, 3, 3).to(torch.bfloat16).float()
+    image = torch.randn(2, 16, 20, 20).to(torch.bfloat16).float()
+    found = []
+    for dtype, mode in ((torch.float32, nullcontext()), (torch.bfloat16, FastDepthwise())):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (image, weight)]
+        with mode:
+            output = functional.conv2d(*inputs, stride=(2,), padding=1, groups=16)
+        output.float().sum().backward()
+        found.append([t.grad.float() for t in inputs if t.grad is not None])
+    for exact, narrow in zip(*found, strict=True):
+        assert (exact - narrow).norm() < 0.02 * exact.norm()
+
+
+def test_autocast_leaves_float64_alone_as_torch_does(calls: list[object]) -> None:
+    conv = nn.Conv2d(6, 6, 3, 2, 1, groups=6).double()
+    image = torch.randn(1, 6, 8, 8, dtype=torch.float64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), FastDepthwise():
+        assert conv(image).dtype == torch.float64
+    assert calls
 
 
 def test_a_frozen_weight_has_no_gradient(calls: list[object]) -> None:

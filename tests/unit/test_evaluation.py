@@ -164,6 +164,30 @@ def test_slope_and_intercept_are_those_of_a_logistic_regression():
     assert moved.sum() == pytest.approx(tumour.sum())
 
 
+def test_one_who_is_far_too_sure_still_has_an_intercept():
+    generator = np.random.default_rng(0)
+    tumour = generator.random(400) < 0.5
+    told = np.where(generator.random(400) < 0.97, tumour, ~tumour)
+    said = 1 / (1 + np.exp(-generator.uniform(10, 13, 400) * np.where(told, 1, -1)))
+    probs = np.stack([said, 1 - said], axis=1)
+    found = calibration_figures(np.where(tumour, 0, 1), probs, np.arange(400), 1)
+    assert found["slope"]["high"] < 0.5
+    assert found["intercept"]["value"] is not None
+
+
+@pytest.mark.parametrize("gap", [0.01, 0.03])
+def test_intervals_of_calibration_hold_where_all_answers_are_sure(gap):
+    generator = np.random.default_rng(6)
+    held = 0
+    for _ in range(100):
+        sure = generator.uniform(0.95, 1.0, 400)
+        right = generator.random(400) < sure - gap
+        probs = np.stack([sure, 1 - sure], axis=1)
+        found = calibration_figures(np.where(right, 0, 1), probs, np.arange(400), 1)
+        held += found["ece"]["low"] - 1e-9 <= gap <= found["ece"]["high"]
+    assert held >= 88
+
+
 @pytest.mark.parametrize("power", [1.0, 1.6], ids=["calibrated", "too sure"])
 def test_intervals_of_calibration_hold_the_true_errors_by_simulation(power):
     """500 scans in families of one to four that are right or wrong together."""
@@ -201,6 +225,16 @@ def test_scans_without_an_answer_count_as_wrong_in_the_worst_case():
     tumours = [i for i, kind in kinds.items() if kind != "no_tumor"]
     expected = sum(i < "0010" for i in tumours) / len(tumours)
     assert worst["missed_tumor_rate"] == pytest.approx(expected)
+
+
+def test_the_worst_case_leaves_out_families_that_were_trained_on():
+    seen = [i == 1 for i in range(100)]
+    scores, truth = tables(num=100, bonus=50.0)
+    scores = scores.sort_by("scan_id").set_column(3, "seen_in_training", pa.array(seen))
+    scores = scores.set_column(1, "status", pa.array(["failed"] + ["scored"] * 99))
+    found = evaluate(join_truth(scores, truth), BUNDLE)
+    assert found["clean"]["num_scans"] == 98
+    assert found["flow"]["worst_case"]["num_unanswered"] == 0
 
 
 def test_calibration_before_any_temperature_and_members_against_their_ensemble():
@@ -304,12 +338,14 @@ def test_the_worst_slice_is_named():
     assert len(widths) == 4
 
 
-def test_slices_by_chance_are_seldom_called_worse():
+@pytest.mark.parametrize("shares", [[0.2] * 5, [0.9, 0.1]], ids=["equal", "one small"])
+def test_slices_by_chance_are_seldom_called_worse(shares):
     called = 0
     for seed in range(40):
         generator = np.random.default_rng(seed)
-        site = [f"site {k}" for k in generator.integers(5, size=60) for _ in range(2)]
-        scores, truth = tables(seed=seed, bonus=0.5, site=site)
+        chosen = generator.choice(len(shares), size=150, p=shares)
+        site = [f"site {k}" for k in chosen for _ in range(2)]
+        scores, truth = tables(num=300, seed=seed, bonus=1.5, site=site)
         found = slice_figures(Scans.of(join_truth(scores, truth), SPACE), SPACE)
         assert {one["column"] for one in found["slices"]} == {"site", "width"}
         called += found["worst"]["below_others"]

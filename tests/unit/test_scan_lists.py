@@ -91,6 +91,45 @@ def test_where_a_scan_comes_from_enters_the_catalog(folder: Path, name: str) -> 
     assert not {"scanner", "sequence", "source"} & set(table.column_names)
 
 
+@pytest.mark.parametrize("value", ["/ward/1.dcm", "Doe^Jane", "jane@example.org", "C:\\scans"])
+@pytest.mark.parametrize("name", ["l.csv", "l.parquet"])
+def test_origins_that_may_name_a_person_are_left_out(
+    folder: Path,
+    name: str,
+    value: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("bt"), "propagate", True)
+    columns = {"path": ROWS["path"], "site": ["A", value, ""], "plane": ["axial"] * 3}
+    refs = list_scans(write_list(folder / name, columns)).refs
+    assert value not in str(refs)
+    assert "axial" in str(refs)
+    assert "the list's site is not used" in caplog.text
+    assert value not in caplog.text
+
+
+def test_origins_of_too_many_values_are_left_out(folder: Path) -> None:
+    paths = [ROWS["path"][0]] * 50
+    for num, is_kept in ((20, True), (21, False)):
+        columns = {"path": paths, "source": [f"study {i % num}" for i in range(50)]}
+        refs = list_scans(write_list(folder / f"{num}.csv", columns)).refs
+        assert any(ref.attributes and any(ref.attributes) for ref in refs) == is_kept
+
+
+def test_origins_that_are_no_texts_do_not_cost_the_list(folder: Path) -> None:
+    table = pa.table(
+        {
+            "path": ROWS["path"],
+            "orientation": [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]],
+            "site": [1.0, float("nan"), None],
+        }
+    )
+    pq.write_table(table, folder / "l.parquet")
+    refs = list_scans(str(folder / "l.parquet")).refs
+    assert [ref.attributes[0] for ref in refs] == ["1", "", ""]
+
+
 def test_patients_are_left_out_without_a_key(folder: Path) -> None:
     refs = list_scans(write_list(folder / "l.csv", ROWS)).refs
     assert {ref.patient for ref in refs} == {""}

@@ -1,6 +1,8 @@
 """What a submitted command takes along, all of which the cluster's dashboard shows to everyone."""
 
+import inspect
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from bt_core.errors import UsageError
 from bt_core.log import logger
 from cluster.submit import _runtime_env, submit
+from jobs.cli import app
+from jobs.command import _LOCATIONS
 
 LIMITS = {
     "BT_MAX_MEMBERS": "200000",
@@ -54,3 +58,27 @@ def test_secrets_among_the_arguments_are_refused(word: str) -> None:
     with pytest.raises(UsageError, match="give credentials by the environment") as caught:
         submit("http://127.0.0.1:1", "jobs.score", ["bundle", word])
     assert "SECRET" not in str(caught.value)
+
+
+def test_every_parameter_that_is_a_path_is_made_absolute() -> None:
+    found = set()
+    for group in (app, *(g.typer_instance for g in app.registered_groups)):
+        for one in group.registered_commands:
+            assert one.callback is not None
+            parameters = inspect.signature(one.callback, eval_str=True).parameters
+            for name, parameter in parameters.items():
+                for extra in getattr(parameter.annotation, "__metadata__", ()):
+                    words = set(re.findall(r"[A-Z]+", str(getattr(extra, "metavar", "") or "")))
+                    if words & {
+                        "DIR",
+                        "SOURCE",
+                        "BUNDLE",
+                        "MODEL",
+                        "RUN",
+                        "REPORT",
+                        "SWEEP",
+                        "CSV",
+                    }:
+                        found.add(name)
+    assert found
+    assert found <= _LOCATIONS

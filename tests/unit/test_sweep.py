@@ -159,7 +159,7 @@ def test_weights_of_a_sweep_must_be_whole_and_fit_some_recipe(tmp_path):
     own, other = with_weights(found, [f"local-dir:{tmp_path}"], "none", 4)
     assert other.recipe({}).model.weights == "none"
     assert own.recipe({}).model.weights == f"local-dir:{tmp_path}"
-    assert own.started_from.startswith("local-dir ")
+    assert len(own.started_from) == 64
     assert other.started_from == "none"
 
 

@@ -10,7 +10,7 @@ from bt_core.errors import WeightsError
 from bt_core.models.backbones import input_size_px
 from bt_core.models.classifier import build_classifier
 from bt_core.models.spec import ModelSpec
-from bt_core.models.weights import check_weights, hub_id, initial_weights, stage_weights
+from bt_core.models.weights import check_weights, hub_id, initial_sha256, stage_weights
 from bt_core.scans.preprocess import PreprocessSpec
 
 NAME = "mobilenetv2_050"
@@ -45,13 +45,13 @@ def test_staged_weights_are_checked_and_used(source, staged):
     assert torch.equal(model.backbone.conv_stem.weight, original["conv_stem.weight"])
     assert resolved.backbone_args["pad_type"] == "same"
     assert "num_classes" not in resolved.backbone_args
-    started_from = initial_weights(model.backbone, "local-dir")
+    started_from = initial_sha256(model.backbone, "local-dir")
     again, _, _ = build_classifier(spec, PreprocessSpec(size_px=32), 2)
-    assert initial_weights(again.backbone, "local-dir") == started_from, "whatever the head"
+    assert initial_sha256(again.backbone, "local-dir") == started_from, "whatever the head"
     with torch.no_grad():
         model.backbone.conv_stem.weight[0, 0, 0, 0] += 1
-    assert initial_weights(model.backbone, "local-dir") != started_from
-    assert initial_weights(model.backbone, "none") == "none"
+    assert initial_sha256(model.backbone, "local-dir") != started_from
+    assert initial_sha256(model.backbone, "none") == "none"
 
 
 def test_a_changed_file_is_noticed(staged):
