@@ -16,12 +16,13 @@ from typing import Any, Final
 import numpy as np
 from scipy.stats import t as student
 
+from bt_core.data.explore import ALPHA
 from bt_core.errors import UsageError
 from bt_core.evaluation.intervals import DEFINED, FEWEST, LEVEL, draw_families, estimate
 from bt_core.evaluation.metrics import figures_of
 from bt_core.evaluation.predictions import Scans
 from bt_core.labels import LabelSpace
-from bt_core.training.noise import ALPHA, count, holm_of_pairs, metric_of
+from bt_core.training.noise import count, holm_of_pairs, metric_of
 
 COMPARED: Final = ("accuracy", "macro_f1", "macro_auc", "log_loss", "missed_tumor_rate")
 _NUM_PERMUTATIONS: Final = 9_999

@@ -8,8 +8,9 @@ import pyarrow as pa
 import yaml
 from scipy.special import softmax
 
+from bt_core.data.explore import ALPHA
 from bt_core.training.engine import SCORE
-from bt_core.training.noise import ALPHA, Counts, count, family_accuracy, ranks
+from bt_core.training.noise import Counts, count, family_accuracy, ranks
 from bt_core.training.sweep import MODES, SweepSpec
 from bt_core.training.trial import TrialRecord
 
