@@ -30,6 +30,8 @@ from bt_core.scans.preprocess import PreprocessSpec
 _SCORE_BATCH: Final = 64
 _SEARCH_ROWS: Final = 2048
 _BLOCK_ROWS: Final = 1024
+_MAP_BLOCK_ROWS: Final = 64
+"""Where work takes long for each scan, so that all actors have some and its progress is seen."""
 _SCANS_WORTH_AN_ACTOR: Final = 256
 _MAPS_WORTH_AN_ACTOR: Final = 16
 _STARVED_AFTER_SECONDS: Final = 300
@@ -46,19 +48,20 @@ def configure() -> None:
     context.enable_progress_bars = sys.stderr.isatty()
 
 
-def decode(refs: pa.Table, stage: RowStage) -> ray.data.Dataset:
+def decode(refs: pa.Table, stage: RowStage, block_rows: int = _BLOCK_ROWS) -> ray.data.Dataset:
     """Run a stage over scan refs in guarded tasks, in parallel over the cluster.
 
     Args:
         refs: rows of `REF_COLUMNS` and any others.
         stage: a `DecodeStage`.
+        block_rows: scans that a task decodes, and that pass on together.
 
     Returns:
         A lazy dataset with one row for each ref, in no particular order.
     """
     configure()
     streamed, direct = split_streamed(refs)
-    blocks = [direct.slice(i, _BLOCK_ROWS) for i in range(0, direct.num_rows, _BLOCK_ROWS)]
+    blocks = [direct.slice(i, block_rows) for i in range(0, direct.num_rows, block_rows)]
     parts = [(blocks, oversee), (streamed, oversee_stream)] if streamed else [(blocks, oversee)]
     with bounded_retries():
         first, *others = [
@@ -223,7 +226,9 @@ def map_scans(
         actors: as in `score`.
         done: the work in the past tense, for progress lines.
     """
-    work = _in_actors(refs, specs, worker, worker_args, actors, _MAPS_WORTH_AN_ACTOR)
+    work = _in_actors(
+        refs, specs, worker, worker_args, actors, _MAPS_WORTH_AN_ACTOR, _MAP_BLOCK_ROWS
+    )
     progress = Progress(done, refs.num_rows)
     for table in work.iter_batches(batch_size=None, batch_format="pyarrow"):
         progress.add(table.num_rows)
@@ -237,12 +242,13 @@ def _in_actors(
     worker_args: tuple[Any, ...],
     actors: tuple[int, float, float],
     scans_worth_one: int,
+    block_rows: int = _BLOCK_ROWS,
 ) -> ray.data.Dataset:
     """Return decoded scans, worked on in batches by as many actors as are worth their start."""
     num_actors, cpus_per_actor, num_gpus_per_actor = actors
     size = max(1, min(num_actors, refs.num_rows // scans_worth_one))
     with bounded_retries():
-        return decode(refs, DecodeStage(specs)).map_batches(
+        return decode(refs, DecodeStage(specs), block_rows).map_batches(
             worker,
             fn_constructor_args=worker_args,
             batch_size=min(_SCORE_BATCH, scans_worth_one),
