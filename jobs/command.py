@@ -197,11 +197,16 @@ def class_shares(text: str, names: tuple[str, ...]) -> dict[str, float]:
     try:
         shares = {k.strip(): float(v) for k, v in (part.split("=") for part in text.split(","))}
     except ValueError as error:
-        raise UsageError(f"--prevalence {text}: write CLASS=SHARE,CLASS=SHARE") from error
-    known = set(shares) == set(names) and min(shares.values()) >= 0
-    if not known or abs(sum(shares.values()) - 1) > 0.01:
+        raise UsageError(f"--prevalence {text}: write CLASS=0.02,CLASS=0.98, ...") from error
+    unknown, missing = sorted(set(shares) - set(names)), sorted(set(names) - set(shares))
+    total = sum(shares.values())
+    if unknown or missing or min(shares.values()) < 0 or abs(total - 1) > 0.01:
+        faults = [f"no class {name!r}" for name in unknown]
+        faults += [f"{name} has no share" for name in missing]
+        faults += [] if abs(total - 1) <= 0.01 else [f"the shares sum to {total:g}"]
         raise UsageError(
-            f"--prevalence {text}: give each of {', '.join(names)} a share of 0 or more, sum 1"
+            f"--prevalence {text}: {'; '.join(faults) or 'a share is negative'}; give each of "
+            f"{', '.join(names)} a share of 0 or more, sum 1"
         )
     return shares
 

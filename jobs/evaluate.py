@@ -70,6 +70,8 @@ def run(
     """Score test scans; write report.html, metrics.json, predictions.parquet and pictures.
 
     Several models get a folder each, and are compared. A run is calibrated into a bundle first.
+    Exit code 3 says that some scans got no answer, or that the source is cut short; 1, that a
+    requirement is not met.
     """
     from bt_core.evaluation.comparison import compare
     from bt_core.evaluation.gate import Requirement
@@ -83,6 +85,8 @@ def run(
     places = _places(models, out, overwrite)
     bundles = {name: _bundle(model, out) for name, model in zip(places, models, strict=True)}
     space = _common_space(bundles)
+    for requirement in requirements:  # a typo must not cost an opening of the test split
+        requirement.refuse_unknown(space.names, space.healthy)
     shares = class_shares(prevalence, space.names) if prevalence else None
     all_figures, scans, is_whole = {}, {}, True
     with session():

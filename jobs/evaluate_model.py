@@ -146,6 +146,13 @@ def _print_summary(figures: dict[str, Any], tested: "EvaluatedScans") -> None:
             f"  {name:<11} recall {shown(f'{name}.recall')}  precision {shown(f'{name}.precision')}"
             f"  n {clean['counts'][name]}"
         )
+    unread = figures["flow"]["num_scans"] - figures["all"]["num_scans"]
+    if unread:
+        print(
+            f"{unread} of {figures['flow']['num_scans']} scans got no answer; the report says why"
+        )
+    if not tested.is_whole:
+        print("the source is cut short: scans are missing that nobody can count")
     if not tested.copies_found:
         print("copies of training scans were not looked for, only equal pixels; see --trained-on")
     if tested.num_openings is not None:

@@ -64,6 +64,8 @@ def run(
     if not to_picture:
         storage.write_table(table_at, explained)
     print(f"{explained.num_rows - missing} of {explained.num_rows} scans explained in {out}")
+    if not listing.is_whole:
+        print("the source is cut short: scans are missing that nobody can count")
     return EXIT_INCOMPLETE if missing or not listing.is_whole else EXIT_OK
 
 

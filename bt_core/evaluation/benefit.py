@@ -38,20 +38,24 @@ def decision_curve(
         `threshold`, `model`, `low`, `high`, `treat_all` (lists of T), and the `prevalence` that
         they are for; treating none is 0.
     """
-    share = float(positive_N.mean())
-    stated = share if prevalence is None else prevalence
-    weight_N = np.where(positive_N, stated / share, (1 - stated) / (1 - share))
+    stated = float(positive_N.mean()) if prevalence is None else prevalence
     treated_NT = score_N[:, None] >= THRESHOLDS
     odds_T = THRESHOLDS / (1 - THRESHOLDS)
-    benefit_NT = treated_NT * np.where(positive_N[:, None], 1.0, -odds_T)
-    counts_DF = draw_families(family_N, num_draws, seed)
-    weights_DN = counts_DF[:, family_N] * weight_N
-    drawn_DT = weights_DN @ benefit_NT / weights_DN.sum(1, keepdims=True)
-    low_T, high_T = np.quantile(drawn_DT, [0.025, 0.975], axis=0)
+
+    def benefit(weights_DN: np.ndarray) -> np.ndarray:
+        """Return the benefit in each draw, for the prevalence, which is not drawn."""
+        ill_DN, well_DN = weights_DN * positive_N, weights_DN * ~positive_N
+        with np.errstate(invalid="ignore"):  # a draw without scans of one side is left out
+            found_DT = ill_DN @ treated_NT / ill_DN.sum(1, keepdims=True)
+            false_DT = well_DN @ treated_NT / well_DN.sum(1, keepdims=True)
+        return np.asarray(stated * found_DT - (1 - stated) * odds_T * false_DT)
+
+    drawn_DT = benefit(draw_families(family_N, num_draws, seed)[:, family_N])
+    low_T, high_T = np.nanquantile(drawn_DT, [0.025, 0.975], axis=0)
     return {
         "prevalence": stated,
         "threshold": THRESHOLDS.tolist(),
-        "model": (weight_N @ benefit_NT / len(weight_N)).tolist(),
+        "model": benefit(np.ones((1, len(positive_N))))[0].tolist(),
         "low": low_T.tolist(),
         "high": high_T.tolist(),
         "treat_all": (stated - (1 - stated) * odds_T).tolist(),

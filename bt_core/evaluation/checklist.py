@@ -9,6 +9,7 @@ from typing import Any
 
 from bt_core.evaluation.evaluated import EvaluatedScans
 from bt_core.evaluation.intervals import interval_text
+from bt_core.evaluation.model_card import healthy_sentence, review_sentence
 from bt_core.evaluation.predictions import SLICE_COLUMNS
 from bt_core.models.bundle import BundleInfo
 from bt_core.scans.members import ATTRIBUTES
@@ -172,9 +173,8 @@ def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point
         Point(
             "Risk distributions and operating points",
             "A histogram of confidence for right and wrong answers. Thresholds were chosen on "
-            "validation scans and are in the bundle: review below a "
-            f"confidence of {bundle.review.min_confidence:.3f}, called free of a tumour above "
-            f"{bundle.review.healthy_above:.3f}.",
+            "validation scans and are in the bundle. "
+            f"{review_sentence(bundle.review)} {healthy_sentence(bundle.review)}",
         ),
         Point(
             "Uncertainty",
@@ -205,9 +205,13 @@ def _use_points(figures: Mapping[str, Any], external: bool) -> list[Point]:
         ),
         Point(
             "External test, robustness, other inputs",
-            "Curves under noise, blur, bias field, contrast, rotation, crop, JPEG and resolution."
-            if robust
-            else "",
+            ("This is one: another source or dataset than the one trained with. " * external)
+            + (
+                "Curves under noise, blur, bias field, contrast, rotation, crop, JPEG and "
+                "resolution."
+                if robust
+                else ""
+            ),
             ("" if robust else f"robustness: {deep}; ")
             + ("" if external else "an external test: give --data a labelled archive; ")
             + "scans that are no brain MRI",

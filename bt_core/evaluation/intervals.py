@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+from scipy.special import expit, logit
 from scipy.stats import t as student
 
 from bt_core.config import StrictModel
@@ -230,6 +231,13 @@ def _estimate(name: str, value: float, draws_D: np.ndarray, base: _Base) -> Esti
     if name in _AROUND_ZERO:
         low, high = _wilson((1 + value) / 2, variance / 4, z, base)
         return Estimate(value=value, low=2 * low - 1, high=2 * high - 1)
+    if name.endswith("_at_prevalence"):  # the prevalence bounds it, so it may lie near 0 or 1
+        inside = defined[(defined > 0) & (defined < 1)]
+        if 0 < value < 1 and len(inside) >= DEFINED * len(draws_D):
+            scale = math.sqrt(base.num_families / (base.num_families - 1))
+            half = z * float(logit(inside).std(ddof=1)) * scale
+            low, high = expit([logit(value) - half, logit(value) + half])
+            return Estimate(value=value, low=float(low), high=float(high))
     ranking = name.endswith(("auc", "average_precision"))
     low, high = _wilson(value, variance, z, base, prior=1.0 if ranking else _PRIOR)
     return Estimate(value=value, low=low, high=high)

@@ -5,7 +5,7 @@ from typing import Any
 
 from bt_core.evaluation.evaluated import EvaluatedScans
 from bt_core.evaluation.intervals import interval_text
-from bt_core.models.bundle import BundleInfo
+from bt_core.models.bundle import BundleInfo, ReviewInfo
 from bt_core.scans.members import ATTRIBUTES
 
 _CARD = """\
@@ -21,10 +21,10 @@ on patients, other organs, other modalities, whole volumes.
 
 - Input: one grey MRI slice. Output: calibrated probabilities of {classes}.
 - Members: {members}
-- Answers below a confidence of {min_confidence:.3f} are marked for review.
+- {review}
 - Conformal prediction sets were set to hold each class in {level:.0%} of its scans of new families.
-  Of tumours of new families at most {missed:.1%} are to lie above a probability of
-  {healthy_above:.3f} for none. Both were set on validation scans that also chose the epoch.
+  {healthy}
+  Both were set on validation scans that also chose the epoch.
 - Trained on the dataset with digest `{dataset_digest}`. The recipe of each member with its seed,
   software versions and the bundle's id are in `bundle.json`. The licence of the weights is that of
   the initial weights and of the training scans: whoever shares them states it here.
@@ -79,15 +79,32 @@ def model_card(
     return _CARD.format(
         classes=", ".join(info.label_space.names),
         members=members,
-        min_confidence=info.review.min_confidence,
+        review=review_sentence(info.review),
         level=info.review.conformal_level,
-        healthy_above=info.review.healthy_above,
-        missed=info.review.max_missed_tumor_rate,
+        healthy=healthy_sentence(info.review),
         dataset_digest=info.provenance["dataset_digest"][:16],
         groups=_groups(figures),
         figures=_VALIDATION.format(**info.metrics)
         if figures is None or tested is None
         else _tested(figures, tested),
+    )
+
+
+def review_sentence(review: ReviewInfo) -> str:
+    """Return which answers are marked for review."""
+    if review.min_confidence >= 1:
+        return "Every answer is marked for review: no confidence was right often enough."
+    return f"Answers below a confidence of {review.min_confidence:.3f} are marked for review."
+
+
+def healthy_sentence(review: ReviewInfo) -> str:
+    """Return above which probability a scan may be called free of a tumour."""
+    missed = f"{review.max_missed_tumor_rate:.1%}"
+    if review.healthy_above >= 1:
+        return f"Too few scans to call any free of a tumour and miss at most {missed} of them."
+    return (
+        f"Of tumours of new families at most {missed} are to lie above {review.healthy_above:.3f} "
+        "for none."
     )
 
 
@@ -122,5 +139,7 @@ def _tested(figures: Mapping[str, Any], tested: EvaluatedScans) -> str:
     for key, title in _TESTED:
         cells = (interval_text(clean[unit][key]) for unit in ("by_scan", "by_family"))
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    lines.append("\nIn brackets 95 % intervals: whole families are drawn with replacement.\n")
+    lines.append("\nIn brackets 95 % intervals, by draws of whole families.\n")
+    if not tested.is_whole:
+        lines.append("The source was cut short: scans are missing that nobody can count.\n")
     return "\n".join(lines)

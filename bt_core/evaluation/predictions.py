@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bt_core.errors import RunError
+from bt_core.errors import DatasetError, RunError
 from bt_core.evaluation.intervals import family_codes
 from bt_core.labels import LabelSpace
 from bt_core.scans.members import ATTRIBUTES
 
 SLICE_COLUMNS: Final = {
     **{name: name for name in ATTRIBUTES},
-    "given_split": "split of the source",
+    "given_split": "the source's own split",
     "format": "format",
     "width": "width, px",
     "height": "height, px",
@@ -91,12 +91,17 @@ class Scans:
         """Return the answered scans of a predictions table.
 
         Raises:
-            RunError: if no scan could be read.
+            DatasetError: if no scan could be read.
         """
         answered = pc.is_in(predictions["status"], pa.array(ANSWERED))
         table = predictions.filter(answered)
         if not table.num_rows:
-            raise RunError("no test scan could be read; is the source of the dataset still there?")
+            reasons = Counter(predictions["reason"].to_pylist()).most_common(3)
+            raise DatasetError(
+                f"none of {predictions.num_rows} scans could be read "
+                f"({', '.join(f'{reason} {num}' for reason, num in reasons)}); is the source still "
+                "where it was? Relative paths of a list start at the list's folder"
+            )
         seen = pc.or_(table["seen_in_training"], table["copy_in_training"])
         family_N = family_codes(table["group"].to_pylist())
         num_seen_F = np.bincount(family_N, weights=np.array(seen.to_pylist(), dtype=float))

@@ -45,7 +45,7 @@ def evaluate(
         reason, and the `worst_case` of what was not answered.
 
     Raises:
-        RunError: if no scan could be read.
+        DatasetError: if no scan could be read.
     """
     space = bundle.label_space
     scans = Scans.of(predictions, space)

@@ -1,5 +1,7 @@
 """Models side by side, and requirements on their figures."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest
@@ -85,9 +87,45 @@ def test_few_families_and_models_that_never_differ_have_no_interval():
     few = compare({"one": one, "other": other}, SPACE)["pairs"][0]
     assert few["difference"]["accuracy"]["low"] is None
     many, _ = two_models(np.random.default_rng(6), num_families=50)
+    surer = replace(many, probs_NK=many.probs_NK**2 / (many.probs_NK**2).sum(1, keepdims=True))
+    alike = compare({"one": many, "other": surer}, SPACE)["pairs"][0]
+    assert alike["difference"]["accuracy"] == {"value": 0.0, "low": None, "high": None}
+
+
+def test_a_model_does_not_differ_from_itself():
+    many, _ = two_models(np.random.default_rng(6), num_families=50)
     same = compare({"one": many, "other": many}, SPACE)["pairs"][0]
-    assert same["difference"]["accuracy"] == {"value": 0.0, "low": None, "high": None}
+    assert same["difference"]["accuracy"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert Requirement.parse("low>=-0.01").check(same["difference"]["accuracy"])[0]
     assert same["p_value"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("clean.macrof1", "did you mean clean.macro_f1"),
+        ("clean.by_family.acuracy.low", "clean.accuracy"),
+        ("all.gliom.recall", "all.glioma.recall"),
+    ],
+)
+def test_a_figure_that_no_evaluation_has_is_refused_before_one(key, advice):
+    with pytest.raises(UsageError, match=advice):
+        Requirement.parse(f"{key}>=0.9").refuse_unknown(SPACE.names, SPACE.healthy)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "clean.macro_f1",
+        "all.by_family.glioma.recall.low",
+        "clean.glioma.ppv_at_prevalence",
+        "clean.calibration.ece.value",
+        "clean.deferral.accuracy_at.0.8",
+        "robustness.anything",
+    ],
+)
+def test_figures_of_an_evaluation_are_not_refused_before_one(key):
+    Requirement.parse(f"{key}>=0.9").refuse_unknown(SPACE.names, SPACE.healthy)
 
 
 def test_only_scans_that_no_model_was_trained_on_are_compared():

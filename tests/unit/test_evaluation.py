@@ -359,3 +359,15 @@ def test_a_part_of_the_scans_numbers_its_families_anew():
     assert sorted(set(part.family_N)) == list(range(10))
     assert len(part) == 20
     assert (part.slices["width"] == scans.slices["width"][100:]).all()
+
+
+def test_at_a_stated_prevalence_nothing_lies_beyond_what_it_allows():
+    scores, truth = tables(num=160, bonus=0.6)
+    shares = {"glioma": 0.02, "meningioma": 0.02, "no_tumor": 0.94, "pituitary": 0.02}
+    clean = evaluate(join_truth(scores, truth), BUNDLE, shares)["clean"]
+    for curve in clean["decision_curves"].values():
+        assert max(curve["high"]) <= curve["prevalence"] + 1e-12
+        assert max(curve["model"]) <= curve["prevalence"] + 1e-12
+    for name in ("glioma", "meningioma", "pituitary"):
+        one = clean["by_scan"][f"{name}.ppv_at_prevalence"]
+        assert 0 < one["low"] < one["value"] < one["high"] < 1
