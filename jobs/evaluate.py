@@ -100,7 +100,11 @@ def run(
         comparison = compare(scans, space)
         print_comparison(comparison)
         storage.write_json(storage.join(out, "comparison.json"), comparison)
-    met = [all_met(requirements, figures) for figures in all_figures.values()]
+    met = []
+    for name, figures in all_figures.items():
+        if requirements and len(all_figures) > 1:
+            print(f"{name}:")
+        met.append(all_met(requirements, figures))
     if not all(met):
         return EXIT_FAILED
     return EXIT_OK if is_whole else EXIT_INCOMPLETE

@@ -125,6 +125,7 @@ class ModelEvaluation:
 
 def _print_summary(figures: dict[str, Any], tested: "EvaluatedScans") -> None:
     from bt_core.evaluation.intervals import interval_text
+    from bt_core.scans.members import ATTRIBUTES
 
     clean = figures["clean"]
 
@@ -151,6 +152,9 @@ def _print_summary(figures: dict[str, Any], tested: "EvaluatedScans") -> None:
         print(
             f"{unread} of {figures['flow']['num_scans']} scans got no answer; the report says why"
         )
+    named = {one["column"] for one in figures["slices"]["slices"]} & set(ATTRIBUTES)
+    if named:
+        print(f"the texts of the list's {', '.join(sorted(named))} stand in the report")
     if not tested.is_whole:
         print("the source is cut short: scans are missing that nobody can count")
     if not tested.copies_found:

@@ -1,6 +1,7 @@
 """Which scans are evaluated: the test split of a dataset, or a labelled source from elsewhere."""
 
 import os
+from datetime import UTC, datetime
 from typing import Literal
 
 import pyarrow as pa
@@ -39,6 +40,8 @@ class EvaluatedScans(StrictModel):
     """Times that this test split was opened, this one included."""
     is_whole: bool = True
     """False if the source is cut short."""
+    opened_at: str = ""
+    """When the scans were listed or the test split was opened, in UTC."""
 
 
 def of_dataset(
@@ -69,6 +72,7 @@ def of_dataset(
         num_left_out=dataset.info.num_left_out,
         label_conflicts=tuple(sorted(conflicts["scan_id"].to_pylist())),
         num_openings=dataset.num_openings(),
+        opened_at=_now(),
     )
 
 
@@ -107,6 +111,7 @@ def of_source(
         num_left_out=listing.skipped | ({"label_conflict": len(conflicts)} if conflicts else {}),
         label_conflicts=tuple(sorted(conflicts)),
         is_whole=listing.is_whole,
+        opened_at=_now(),
     )
 
 
@@ -136,6 +141,10 @@ def _with_families(refs: pa.Table, key: bytes, trained: Dataset | None) -> pa.Ta
 
 def _with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
     return table.set_column(table.schema.get_field_index(name), name, values)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="minutes")
 
 
 def _name(source: str) -> str:
