@@ -65,15 +65,13 @@ def probe_shortcuts(rows: pa.Table, groups: Sequence[str], seed: int = 0) -> dic
     num_folds = min([_NUM_FOLDS, *in_class])
     result: dict[str, Any] = {"num_scans": len(labels), "chance": None, "majority": None}
     if len(classes) < 2 or num_folds < 2:
-        why = "Not probed for shortcuts: that needs two classes with two different scans each."
-        return result | {"features": {}, "verdict": {"level": "not probed", "sentence": why}}
+        return result | _not_probed("that needs two classes with two different scans each")
     result["chance"] = 1 / len(classes)
     result["majority"] = max(Counter(labels_N.tolist()).values()) / len(labels_N)
     splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
     folds = list(splitter.split(labels_N, labels_N, groups_N))
     if any(len(set(labels_N[train])) < len(classes) for train, _ in folds):
-        why = "Not probed for shortcuts: the groups of some class do not fill two folds."
-        return result | {"features": {}, "verdict": {"level": "not probed", "sentence": why}}
+        return result | _not_probed("the groups of some class do not fill two folds")
     features = {}
     for name, values_ND in feature_groups(rows).items():
         right_N = _predicted(values_ND, labels_N, folds) == labels_N
@@ -88,6 +86,11 @@ def probe_shortcuts(rows: pa.Table, groups: Sequence[str], seed: int = 0) -> dic
         }
     verdict = _verdict(features, result["chance"])
     return result | {"num_folds": num_folds, "features": features, "verdict": verdict}
+
+
+def _not_probed(why: str) -> dict[str, Any]:
+    sentence = f"Not probed for shortcuts: {why}."
+    return {"features": {}, "verdict": {"level": "not probed", "sentence": sentence}}
 
 
 def feature_groups(rows: pa.Table) -> dict[str, np.ndarray]:

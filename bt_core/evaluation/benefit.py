@@ -39,7 +39,7 @@ def decision_curve(
         they are for; treating none is 0.
     """
     stated = float(positive_N.mean()) if prevalence is None else prevalence
-    treated_NT = score_N[:, None] >= THRESHOLDS
+    treated_NT = np.float64(score_N[:, None] >= THRESHOLDS)  # products of integers are slow
     odds_T = THRESHOLDS / (1 - THRESHOLDS)
 
     def benefit(weights_DN: np.ndarray) -> np.ndarray:
