@@ -9,7 +9,7 @@
     MODEL_CARD.md                    for people; gets the test figures when it is evaluated
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.numpy
@@ -30,6 +30,15 @@ FORMAT_VERSION = 2
 INDEX_FILE = "training_index.safetensors"
 
 
+class RuntimeInfo(StrictModel):
+    """How a member is run."""
+
+    kind: Literal["torch", "compiled", "openvino"] = "torch"
+    precision: Literal["fp32", "bf16", "int8"] = "fp32"
+    batch_size: int = Field(4, ge=1)
+    """Scans of each forward pass on a CPU."""
+
+
 class MemberInfo(StrictModel):
     """One classifier of the ensemble."""
 
@@ -42,6 +51,7 @@ class MemberInfo(StrictModel):
     """Share in the averaged probabilities; the weights of all members sum to 1."""
     temperature: float = Field(gt=0)
     """Divides this member's logits before the softmax."""
+    runtime: RuntimeInfo = RuntimeInfo()
 
 
 class ReviewInfo(StrictModel):

@@ -72,12 +72,17 @@ class Classifier(nn.Module):
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Return logits_BK."""
-        logits_BK = self.forward_head(self.forward_features(images_BCHW))
+        return self.forward_with_features(images_BCHW)[0]
+
+    def forward_with_features(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits_BK, and the features_BD that the head was given of the plain view."""
+        features_BD = self.pool(self.forward_features(images_BCHW))
+        logits_BK: torch.Tensor = self.head(features_BD)
         if self.training or not self.flips:
-            return logits_BK
+            return logits_BK, features_BD
         mirrored = [torch.flip(images_BCHW, list(axes)) for axes in self.flips]
         views = [logits_BK, *(self.forward_head(self.forward_features(one)) for one in mirrored)]
-        return torch.stack(views).mean(0)
+        return torch.stack(views).mean(0), features_BD
 
 
 def build_head(num_features: int, num_classes: int, spec: HeadSpec) -> nn.Sequential:

@@ -63,14 +63,14 @@ def content_of(row):
 def tensors(monkeypatch):
     """Record every tensor that a model is given in this process."""
     seen = []
-    original = Preprocessor.batch
+    original = Preprocessor.normalize
 
-    def recorded(self, pixels_BSS):
-        tensor = original(self, pixels_BSS)
+    def recorded(self, unit_B1SS):
+        tensor = original(self, unit_B1SS)
         seen.append(tensor[:1])  # the first scan; what fills up the batch comes after it
         return tensor
 
-    monkeypatch.setattr(Preprocessor, "batch", recorded)
+    monkeypatch.setattr(Preprocessor, "normalize", recorded)
     return seen
 
 
