@@ -92,6 +92,8 @@ REASONS: Final[dict[str, str]] = {
     "dropped": "a person decided in the docket to leave the scan out",
     "one_of_many_frames": "the answer is for one slice of several; a person should see the others",
     "low_confidence": "the calibrated confidence is below the review threshold",
+    "several_classes": "the prediction set holds more than one class",
+    "tumor_not_excluded": "no tumour is likeliest, but not likely enough to be called certain",
 }
 """Every reason code with its meaning in words; a closed list, so that users can rely on it."""
 

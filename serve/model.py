@@ -25,7 +25,7 @@ class EnsembleDeployment:
     """
 
     def __init__(self, bundle_location: str, device: str, num_threads: int) -> None:
-        self._ensemble = Ensemble(Bundle(bundle_location), device, num_threads)
+        self._ensemble = Ensemble(Bundle(bundle_location), device, num_threads, cascade=True)
 
     def bundle_id(self) -> str:
         """Return the id of the loaded bundle; answering at all says that it is loaded."""

@@ -1,19 +1,40 @@
-"""Finished runs become a bundle: equal weights, calibration from validation logits."""
+"""Finished runs become a bundle: weights and calibration from validation logits.
+
+Shape suffixes: M members, N scans, K classes.
+"""
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import combinations
 from typing import Any, Final
 
 import numpy as np
+import torch
+from pydantic import Field
 from sklearn.metrics import f1_score
+from torch.utils.flop_counter import FlopCounterMode
 
 from bt_core import __version__
-from bt_core.ensemble.calibration import averaged_log_probs, combine, fit_temperature
-from bt_core.ensemble.review import fit_review
+from bt_core.config import StrictModel
+from bt_core.ensemble.calibration import (
+    averaged_log_probs,
+    calibration_of,
+    combine,
+    fit_temperature,
+)
+from bt_core.ensemble.cascade import fit_cascade
+from bt_core.ensemble.review import Decisions, decide, fit_review
+from bt_core.ensemble.weights import Method, choose_weights
 from bt_core.errors import UsageError
-from bt_core.models.bundle import BundleInfo, MemberInfo
+from bt_core.labels import LabelSpace
+from bt_core.models.bundle import BundleInfo, MemberInfo, SubsetInfo
+from bt_core.models.classifier import rebuild_classifier
 from bt_core.models.run import Run
+
+_MOST_MEMBERS: Final = 10
+"""Every subset that the quorum allows is calibrated: 385 of ten members."""
 
 _HISTORY: Final = (
     "epoch",
@@ -27,51 +48,144 @@ _HISTORY: Final = (
 """Figures of an epoch that a report draws."""
 
 
-def assemble(
-    runs: Sequence[Run], conformal_level: float = 0.95, max_missed_tumor_rate: float = 0.01
-) -> BundleInfo:
-    """Calibrate an equal-weight ensemble of runs on the validation scans that they share.
+class Options(StrictModel):
+    """How members are weighed and calibrated."""
 
-    Each member gets a temperature of its own, so that none outvotes the others by being loud; the
-    average gets one more, because averaging makes it under-confident.
+    weights: Method = "log_loss"
+    quorum: int | None = Field(None, ge=1)
+    """How many members must answer at least; None asks for more than half of them."""
+    conformal_level: float = Field(0.95, gt=0, lt=1)
+    max_missed_tumor_rate: float = Field(0.01, gt=0, lt=1)
+    max_disagreement: float = Field(0.005, gt=0, lt=1)
+    """See `cascade.fit_cascade`."""
 
-    Args:
-        runs: finished runs.
-        conformal_level: see `review.fit_review`.
-        max_missed_tumor_rate: likewise.
+
+def assemble(runs: Sequence[Run], options: Options | None = None) -> BundleInfo:
+    """Calibrate an ensemble of runs on the validation scans that they share.
+
+    Members stand in the order of their cost, the cheapest first. Each gets a temperature of its
+    own, so that none outvotes the others by being loud; the average gets one more, because
+    averaging makes it under-confident. A member whose weight comes out as 0 is left out.
 
     Raises:
-        UsageError: if the runs differ in labels or validation scans, or two have the same name.
+        UsageError: if the runs differ in labels or validation scans, two have the same name, there
+            are more than ten, or the quorum is larger than their number.
     """
+    options = options or Options()
     _check_compatible(runs)
+    cost = {run.info.name: _flops(run) for run in runs}
+    runs = sorted(runs, key=lambda run: (cost[run.info.name], run.info.name))
     tables = [run.validation() for run in runs]
     labels_N = np.array(tables[0]["label"].to_pylist())
+    family_N = np.unique(tables[0]["group"].to_pylist(), return_inverse=True)[1]
     logits_MNK = np.array([table["logits"].to_pylist() for table in tables])
-    weights = [1.0 / len(runs)] * len(runs)
     temperatures = [fit_temperature(logits, labels_N) for logits in logits_MNK]
-    averaged_NK = averaged_log_probs(logits_MNK, weights, temperatures)
-    temperature = fit_temperature(averaged_NK, labels_N)
-    probs_NK = combine(logits_MNK, weights, temperatures, temperature)
-    groups = np.unique(tables[0]["group"].to_pylist(), return_inverse=True)[1]
-    review = fit_review(
-        probs_NK,
-        labels_N,
-        runs[0].info.label_space,
-        groups,
-        conformal_level=conformal_level,
-        max_missed_tumor_rate=max_missed_tumor_rate,
+    true_probs_MN = np.stack(
+        [
+            combine(logits[None], [1.0], [t], 1.0)[np.arange(len(labels_N)), labels_N]
+            for logits, t in zip(logits_MNK, temperatures, strict=True)
+        ]
     )
-    return BundleInfo(
-        label_space=runs[0].info.label_space,
-        members=tuple(
-            _member(run, weight, t)
-            for run, weight, t in zip(runs, weights, temperatures, strict=True)
-        ),
+    weights_M, losses = choose_weights(true_probs_MN, family_N, options.weights)
+    kept = np.flatnonzero(weights_M)
+    members = tuple(_member(runs[m], float(weights_M[m]), temperatures[m]) for m in kept)
+    scans = Validation(logits_MNK[kept], labels_N, family_N)
+    info = calibrate(members, scans, runs[0].info.label_space, options)
+    provenance = _provenance([runs[m] for m in kept]) | {
+        "weights": {
+            "method": options.weights,
+            "out_of_fold_log_loss": losses,
+            "left_out": [runs[m].info.name for m in np.flatnonzero(weights_M == 0)],
+        },
+        "flops": {runs[m].info.name: cost[runs[m].info.name] for m in kept},
+    }
+    return info.model_copy(update={"provenance": provenance})
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the members say of the validation scans, which calibrate them."""
+
+    logits_MNK: np.ndarray
+    labels_N: np.ndarray
+    family_N: np.ndarray
+
+
+def calibrate(
+    members: tuple[MemberInfo, ...], scans: Validation, space: LabelSpace, options: Options
+) -> BundleInfo:
+    """Fit temperatures, review rules, the subsets' too, and the cascade, of weighed members.
+
+    Raises:
+        UsageError: if there are more than ten members, or fewer than the quorum.
+    """
+    num, quorum = len(members), options.quorum or len(members) // 2 + 1
+    if num > _MOST_MEMBERS:
+        raise UsageError(f"{num} members; {_MOST_MEMBERS} are the most that one bundle holds")
+    if quorum > num:
+        raise UsageError(f"a quorum of {quorum} asks for more than the {num} members")
+    sizes = range(quorum, num)
+    chosen = [c for size in sizes for c in combinations(range(num), size)]
+    chosen += [(0,)] if num > 1 and (0,) not in chosen else []
+    subsets = [_fit_subset(members, c, scans, space, options) for c in chosen]
+    whole = _fit_subset(members, tuple(range(num)), scans, space, options)
+    info = BundleInfo(
+        label_space=space,
+        members=members,
+        temperature=whole.temperature,
+        review=whole.review,
+        quorum=quorum,
+        subsets=tuple(subsets),
+        metrics={},
+        provenance={},
+    )
+    probs_NK = calibration_of(info, whole.members).probs(scans.logits_MNK)
+    decisions = decide(probs_NK, whole.review, space)
+    cascade = None
+    if num > 1:
+        first = calibration_of(info, [members[0].name])
+        alone = decide(first.probs(scans.logits_MNK[:1]), first.review, space)
+        cascade = fit_cascade(
+            alone, decisions, scans.labels_N, scans.family_N, space, options.max_disagreement
+        )
+    metrics = _metrics(probs_NK, scans.labels_N, decisions)
+    return info.model_copy(update={"metrics": metrics, "cascade": cascade})
+
+
+def _fit_subset(
+    members: tuple[MemberInfo, ...],
+    chosen: tuple[int, ...],
+    scans: Validation,
+    space: LabelSpace,
+    options: Options,
+) -> SubsetInfo:
+    logits_MNK = scans.logits_MNK[list(chosen)]
+    shares = np.array([members[m].weight for m in chosen])
+    weights = list(shares / shares.sum())
+    own = [members[m].temperature for m in chosen]
+    temperature = fit_temperature(averaged_log_probs(logits_MNK, weights, own), scans.labels_N)
+    return SubsetInfo(
+        members=tuple(members[m].name for m in chosen),
         temperature=temperature,
-        review=review,
-        metrics=_metrics(probs_NK, labels_N, review.min_confidence),
-        provenance=_provenance(runs),
+        review=fit_review(
+            combine(logits_MNK, weights, own, temperature),
+            scans.labels_N,
+            space,
+            scans.family_N,
+            conformal_level=options.conformal_level,
+            max_missed_tumor_rate=options.max_missed_tumor_rate,
+        ),
     )
+
+
+@torch.no_grad()
+def _flops(run: Run) -> int:
+    """Return the floating point operations of a run's classifier for one scan."""
+    spec = run.info.preprocess
+    model = rebuild_classifier(run.info.model, spec, run.info.label_space.num_classes)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, spec.channels, spec.size_px, spec.size_px))
+    return int(counter.get_total_flops())
 
 
 def _check_compatible(runs: Sequence[Run]) -> None:
@@ -100,10 +214,10 @@ def _member(run: Run, weight: float, temperature: float) -> MemberInfo:
     )
 
 
-def _metrics(probs_NK: np.ndarray, labels_N: np.ndarray, min_confidence: float) -> dict[str, Any]:
+def _metrics(probs_NK: np.ndarray, labels_N: np.ndarray, decisions: Decisions) -> dict[str, Any]:
     predicted_N = probs_NK.argmax(1)
     right_N = predicted_N == labels_N
-    answered_N = probs_NK.max(1) >= min_confidence
+    answered_N = decisions.sure_N
     true_probs_N = probs_NK[np.arange(len(labels_N)), labels_N]
     return {
         "split": "validation",

@@ -1,10 +1,14 @@
 """Averaging and temperature scaling. Shape suffixes: M members, N scans, K classes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp, softmax
+
+from bt_core.errors import BundleError
+from bt_core.models.bundle import BundleInfo, ReviewInfo
 
 _SEARCH = (0.05, 20.0)
 
@@ -51,3 +55,45 @@ def combine(
     log_probs_NK = averaged_log_probs(logits_MNK, weights, temperatures)
     probs_NK: np.ndarray = softmax(log_probs_NK / temperature, axis=1)
     return probs_NK
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the logits of some members become probabilities, and which answers need review."""
+
+    members: tuple[str, ...]
+    weights: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    temperature: float
+    review: ReviewInfo
+
+    def probs(self, logits_MNK: np.ndarray) -> np.ndarray:
+        """Return calibrated probs_NK float64 of the logits of these members, in their order."""
+        return combine(logits_MNK, self.weights, self.temperatures, self.temperature)
+
+
+def calibration_of(info: BundleInfo, members: Sequence[str]) -> Calibration:
+    """Return the calibration of some of a bundle's members, in the bundle's order.
+
+    Raises:
+        BundleError: if the bundle has none for them.
+    """
+    chosen = [m for m in info.members if m.name in members]
+    names = tuple(m.name for m in chosen)
+    total = sum(m.weight for m in chosen)
+    temperature, review = info.temperature, info.review
+    if len(chosen) < len(info.members):
+        fitted = {subset.members: subset for subset in info.subsets}
+        if names not in fitted:
+            raise BundleError(
+                f"the bundle is not calibrated for {', '.join(names) or 'no member'} alone; all of "
+                f"{', '.join(m.name for m in info.members)} must be there"
+            )
+        temperature, review = fitted[names].temperature, fitted[names].review
+    return Calibration(
+        names,
+        tuple(m.weight / total for m in chosen),
+        tuple(m.temperature for m in chosen),
+        temperature,
+        review,
+    )

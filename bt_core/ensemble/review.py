@@ -1,6 +1,7 @@
 """Which answers a person should see. Shape suffixes: N scans, K classes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -87,16 +88,60 @@ def conformal_quantile(scores_N: np.ndarray, family_N: np.ndarray, level: float)
     return float(scores_N[order][enough[0]]) if len(enough) else 1.0
 
 
-def prediction_sets(probs_NK: np.ndarray, min_probs_K: Sequence[float]) -> np.ndarray:
+def prediction_sets(probs_NK: np.ndarray, min_probs_K: np.ndarray | Sequence[float]) -> np.ndarray:
     """Return bool (N, K): the classes of each set; the likeliest class is always in it.
 
     Args:
         probs_NK: calibrated probabilities.
         min_probs_K: each class's probability from which it is in the set.
     """
-    sets_NK = probs_NK >= np.array(min_probs_K)
+    sets_NK = probs_NK >= np.asarray(min_probs_K)
     sets_NK[np.arange(len(probs_NK)), probs_NK.argmax(1)] = True
     return sets_NK
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What is answered, and what of it a person should see."""
+
+    label_N: np.ndarray
+    """Index of the likeliest class."""
+    confidence_N: np.ndarray
+    """Its calibrated probability."""
+    sets_NK: np.ndarray
+    """Bool: the classes of each prediction set."""
+    reason_N: np.ndarray
+    """Reason code for review, empty if it needs none."""
+
+    @property
+    def sure_N(self) -> np.ndarray:
+        """Bool: which need no review."""
+        sure: np.ndarray = self.reason_N == ""
+        return sure
+
+
+def decide(probs_NK: np.ndarray, review: ReviewInfo, space: LabelSpace) -> Decisions:
+    """Return the decisions on calibrated probabilities.
+
+    An answer needs no review if its prediction set holds its class alone, by that class's own
+    threshold too; if it does not call a scan free of a tumour at or below `healthy_above`; and if
+    its confidence is `min_confidence` or more.
+    """
+    label_N, confidence_N = probs_NK.argmax(1), probs_NK.max(1)
+    min_probs_K = np.array([review.conformal_min_probs[name] for name in space.names])
+    sets_NK = prediction_sets(probs_NK, min_probs_K)
+    healthy_N = label_N == space.healthy
+    unlikely_N = (confidence_N < review.min_confidence) | (confidence_N < min_probs_K[label_N])
+    reason_N = np.select(
+        [
+            healthy_N & (confidence_N <= review.healthy_above),
+            sets_NK.sum(1) > 1,
+            unlikely_N,
+        ],
+        ["tumor_not_excluded", "several_classes", "low_confidence"],
+        "",
+    )
+    return Decisions(label_N, confidence_N, sets_NK, reason_N)
 
 
 def of_frame(answer: dict[str, Any], frame_index: int, num_frames: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from bt_core.ensemble.ensemble import Ensemble, preprocess_digest
 from bt_core.ensemble.review import of_frame
-from bt_core.errors import status_of
+from bt_core.errors import BundleError, status_of
 from bt_core.labels import LabelSpace
 from bt_core.models.bundle import Bundle
 
@@ -49,13 +49,25 @@ class Scorer:
         device: `cpu` or `cuda`.
         num_threads: torch threads on the CPU.
         in_depth: add the columns `logits` (of each member, in the bundle's order, each class) and
-            `features` (that the first member's head takes).
+            `features` (that the first member's head takes); all members then answer every scan.
+        cascade: let the first member answer alone where the bundle says that this is safe.
+
+    Raises:
+        BundleError: if a member cannot answer that is needed: by the quorum, or in depth any.
     """
 
     def __init__(
-        self, bundle_location: str, device: str, num_threads: int, in_depth: bool = False
+        self,
+        bundle_location: str,
+        device: str,
+        num_threads: int,
+        in_depth: bool = False,
+        cascade: bool = True,
     ) -> None:
-        self._ensemble = Ensemble(Bundle(bundle_location), device, num_threads)
+        bundle = Bundle(bundle_location)
+        self._ensemble = Ensemble(bundle, device, num_threads, cascade and not in_depth)
+        if in_depth and bundle.unusable:
+            raise BundleError(" ".join(bundle.unusable.values()))
         self._schema = score_schema(self._ensemble.info.label_space)
         self._in_depth = in_depth
         if in_depth:

@@ -120,21 +120,22 @@ class Explainer:
         Figures are means over the members by their weights. The map that is drawn is the mean over
         the members that see the picture cut out and fitted as the first one does.
         """
-        info, predictor = self._ensemble.info, self._ensemble.predictor
+        predictor, members = self._ensemble.predictor, self._ensemble.predictor.members
         classes_B = classes_B.to(predictor.device)
         total = {name: np.zeros(len(classes_B)) for name in FIGURES}
         drawn_BSS, methods = torch.zeros(pixels[0].shape), []
-        geometry = _geometry(info.members[0].preprocess)
+        geometry = _geometry(members[0].preprocess)
         inputs = predictor.inputs(pixels)
-        for m, (member, model) in enumerate(zip(info.members, predictor.models, strict=True)):
+        shares = self._ensemble.shares
+        for m, (member, model) in enumerate(zip(members, predictor.models, strict=True)):
             heat, method = heat_maps(model, inputs[m], classes_B)
             own = pixels[predictor.spec_of[m]]
             for name, values_B in self._judge(m, inputs[m], heat, classes_B, own).items():
-                total[name] += member.weight * values_B
+                total[name] += shares[m] * values_B
             if _geometry(member.preprocess) == geometry:
                 side = drawn_BSS.shape[-1]
                 fitted = functional.interpolate(heat[:, None].cpu(), (side, side), mode="bilinear")
-                drawn_BSS += member.weight * fitted[:, 0]
+                drawn_BSS += shares[m] * fitted[:, 0]
             methods.append(method)
         largest_B11 = drawn_BSS.amax((1, 2), keepdim=True).clamp(min=1e-12)
         as_bytes = (drawn_BSS / largest_B11 * 255).round().to(torch.uint8).numpy()

@@ -22,6 +22,7 @@ on patients, other organs, other modalities, whole volumes.
 - Input: one grey MRI slice. Output: calibrated probabilities of {classes}.
 - Members: {members}
 - {review}
+- {cascade}
 - Conformal prediction sets were set to hold each class in {level:.0%} of its scans of new families.
   {healthy}
   Both were set on validation scans that also chose the epoch.
@@ -80,6 +81,7 @@ def model_card(
         classes=", ".join(info.label_space.names),
         members=members,
         review=review_sentence(info.review),
+        cascade=cascade_sentence(info),
         level=info.review.conformal_level,
         healthy=healthy_sentence(info.review),
         dataset_digest=info.provenance["dataset_digest"][:16],
@@ -94,7 +96,27 @@ def review_sentence(review: ReviewInfo) -> str:
     """Return which answers are marked for review."""
     if review.min_confidence >= 1:
         return "Every answer is marked for review: no confidence was right often enough."
-    return f"Answers below a confidence of {review.min_confidence:.3f} are marked for review."
+    return (
+        f"Answers below a confidence of {review.min_confidence:.3f}, those with several classes in "
+        "the prediction set, and those that do not exclude a tumour are marked for review."
+    )
+
+
+def cascade_sentence(info: BundleInfo) -> str:
+    """Return when the first member answers alone."""
+    cascade = info.cascade
+    if cascade is None:
+        return (
+            "All members answer every scan."
+            if len(info.members) == 1
+            else "All members answer every scan: no confidence of the first was found safe."
+        )
+    return (
+        f"{info.members[0].name} answers {cascade.answered_alone:.1%} of {cascade.num_scans} "
+        f"validation scans alone; {cascade.agreement:.2%} of all answers are the ensemble's "
+        f"({cascade.agreement_by_family:.2%} one per family; {1 - cascade.max_disagreement:.1%} "
+        "of new families' are to be, in expectation)."
+    )
 
 
 def healthy_sentence(review: ReviewInfo) -> str:

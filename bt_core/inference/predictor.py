@@ -3,58 +3,74 @@
 Shape suffixes: M members, B batch, S side, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from bt_core.errors import BundleError
 from bt_core.inference.runtime import Runtime, load_runtime
-from bt_core.models.bundle import Bundle
+from bt_core.log import logger
+from bt_core.models.bundle import Bundle, MemberInfo
 from bt_core.models.classifier import Classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.scans.preprocess import PreprocessSpec
 
 
 class Predictor:
-    """All members of a bundle, loaded, on one device.
+    """The members of a bundle that can answer, loaded, on one device.
 
     Args:
-        bundle: a verified bundle.
+        bundle: a verified bundle; a member that turns out not to load is left out of it.
         device: `cpu` or `cuda`.
         num_threads: torch threads of this process on the CPU; other numbers than one change the
             last bits of the answers.
 
     Raises:
-        BundleError: if weights do not fit, or this host preprocesses the golden image differently.
+        BundleError: if fewer members than the quorum load: their weights do not fit, or this host
+            preprocesses the golden image differently.
     """
 
     def __init__(self, bundle: Bundle, device: str = "cpu", num_threads: int = 1) -> None:
         torch.set_num_threads(num_threads)
         self.device = torch.device(device)
-        self.specs, self.spec_of = distinct_specs([m.preprocess for m in bundle.info.members])
         self._preprocessors: list[Preprocessor] = []
         self.models: list[Classifier] = []
         self.runtimes: list[Runtime] = []
-        for member in bundle.info.members:
-            preprocessor = Preprocessor(member.preprocess)
-            if preprocessor.golden_digest != member.golden_digest:
-                raise BundleError(
-                    f"member {member.name}: this host preprocesses the golden image differently "
-                    "from the one that trained it; install the versions of requirements.lock"
-                )
-            self._preprocessors.append(preprocessor)
-            model = bundle.load_member(member).to(self.device)
-            self.models.append(model)
-            self.runtimes.append(load_runtime(bundle, member, model, preprocessor))
+        for member in bundle.usable():
+            try:
+                self._load(bundle, member)
+            except BundleError as error:
+                bundle.leave_out(member.name, error)
+        self.members = bundle.usable()
+        """Those that answer, in the bundle's order."""
+        for name, why in bundle.unusable.items():
+            logger.warning("member %s does not answer: %s", name, why)
+        self.specs, self.spec_of = distinct_specs([m.preprocess for m in self.members])
 
-    def logits(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+    def _load(self, bundle: Bundle, member: MemberInfo) -> None:
+        preprocessor = Preprocessor(member.preprocess)
+        if preprocessor.golden_digest != member.golden_digest:
+            raise BundleError(
+                f"member {member.name}: this host preprocesses the golden image differently "
+                "from the one that trained it; install the versions of requirements.lock"
+            )
+        model = bundle.load_member(member).to(self.device)
+        self.runtimes.append(load_runtime(bundle, member, model, preprocessor))
+        self.models.append(model)
+        self._preprocessors.append(preprocessor)
+
+    def logits(
+        self, pixels: Sequence[np.ndarray], members: Iterable[int] | None = None
+    ) -> np.ndarray:
         """Return logits_MBK float32.
 
         Args:
             pixels: for each of `specs`, in their order, pixels_BSS uint8 of the same B scans.
+            members: places in `members` of those to ask, M of them; None asks all.
         """
-        return self.logits_and_features(pixels)[0]
+        asked = range(len(self.runtimes)) if members is None else members
+        return np.stack([self.runtimes[m].run(pixels[self.spec_of[m]])[0] for m in asked])
 
     def logits_and_features(self, pixels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Return what `logits` does, and features_BD float32 that the first member's head takes.

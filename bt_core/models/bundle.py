@@ -71,6 +71,33 @@ class ReviewInfo(StrictModel):
     """Probability of no tumour above which a scan may be called free of one."""
 
 
+class SubsetInfo(StrictModel):
+    """The calibration of some of the members, for when the others cannot answer."""
+
+    members: tuple[str, ...]
+    temperature: float = Field(gt=0)
+    """As in `BundleInfo`, of these members alone; their weights are scaled to sum to 1."""
+    review: ReviewInfo
+
+
+class CascadeInfo(StrictModel):
+    """When the first member, the cheapest one, answers alone. Fitted on validation scans."""
+
+    min_confidence: dict[str, float]
+    """By the class that it answers: its own calibrated confidence from which its answer stands,
+    if it needs no review."""
+    max_disagreement: float
+    """Share of answers of new families that differ from the ensemble's, in expectation, at most."""
+    agreement: float
+    """Share of the validation scans with the ensemble's class and need for review."""
+    agreement_by_family: float
+    """The same, families counted once."""
+    answered_alone: float
+    """Share of them that the first member answered."""
+    num_scans: int
+    num_families: int
+
+
 class BundleInfo(StrictModel):
     """Content of `bundle.json`."""
 
@@ -82,12 +109,22 @@ class BundleInfo(StrictModel):
     temperature: float = Field(gt=0)
     """Applied to the logarithm of the averaged probabilities."""
     review: ReviewInfo
+    quorum: int | None = Field(None, ge=1)
+    """How many members must answer at least; None asks for all."""
+    subsets: tuple[SubsetInfo, ...] = ()
+    """Calibrations of every subset that the quorum allows, and of the first member."""
+    cascade: CascadeInfo | None = None
     metrics: dict[str, Any]
     """Figures on the validation scans that calibration and review were fitted on."""
     provenance: dict[str, Any]
     files: dict[str, str] = Field(default_factory=dict)
     """Path inside the bundle to SHA-256: of every file but this one and the model card, which
     decides no answer and is written anew when the bundle is evaluated."""
+
+    @property
+    def least_members(self) -> int:
+        """How many members must answer at least."""
+        return len(self.members) if self.quorum is None else self.quorum
 
     def digest(self) -> str:
         """Return what `bundle_id` must be."""
@@ -97,19 +134,44 @@ class BundleInfo(StrictModel):
 class Bundle:
     """A bundle on disk, verified when opened.
 
+    Members whose files are missing or damaged are left out, as far as the quorum allows it.
+
     Raises:
-        BundleError: if a file is missing or differs from its digest, or the format is unknown.
+        BundleError: if a file that all need, or those of too many members, are missing or differ
+            from their digests, or the format is unknown.
     """
 
     def __init__(self, location: str) -> None:
         self.location = storage.absolute(location)
         self.info = self._read_info()
+        self.unusable: dict[str, str] = {}
+        """Members that cannot answer, with the reason."""
         for path, digest in self.info.files.items():
-            if storage.sha256(self._read(path)) != digest:
-                raise BundleError(
-                    f"{location}: {path} differs from its digest in bundle.json; it was changed "
-                    "or damaged: copy it again, or build it again with bt ensemble"
-                )
+            try:
+                self._check(path, digest)
+            except BundleError as error:
+                self.leave_out(path.split("/")[1] if path.startswith("members/") else "", error)
+
+    def leave_out(self, member: str, error: BundleError) -> None:
+        """Go on without a member.
+
+        Raises:
+            BundleError: the given one, if too few would be left.
+        """
+        self.unusable.setdefault(member, str(error))
+        if not member or len(self.usable()) < self.info.least_members:
+            raise error
+
+    def usable(self) -> tuple[MemberInfo, ...]:
+        """Return the members that can answer, in the bundle's order."""
+        return tuple(m for m in self.info.members if m.name not in self.unusable)
+
+    def _check(self, path: str, digest: str) -> None:
+        if storage.sha256(self._read(path)) != digest:
+            raise BundleError(
+                f"{self.location}: {path} differs from its digest in bundle.json; it was changed "
+                "or damaged: copy it again, or build it again with bt ensemble"
+            )
 
     def load_member(self, member: MemberInfo) -> Classifier:
         """Return one member's classifier in evaluation mode, on the CPU.

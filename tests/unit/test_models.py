@@ -1,25 +1,31 @@
 """Classifiers and bundles, without Ray."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
 
 from bt_core import storage
 from bt_core.config import parse
+from bt_core.ensemble.calibration import calibration_of
 from bt_core.ensemble.ensemble import Ensemble
 from bt_core.ensemble.scorer import Scorer
 from bt_core.errors import BundleError, ConfigError, WeightsError
 from bt_core.inference.predictor import Predictor, distinct_specs
 from bt_core.labels import LABEL_SPACES
+from bt_core.log import logger
 from bt_core.models.bundle import (
     Bundle,
     BundleInfo,
+    CascadeInfo,
     MemberInfo,
     ReviewInfo,
+    SubsetInfo,
     index_key,
     write_bundle,
     write_card,
@@ -140,8 +146,8 @@ def test_an_ensemble_answers_for_each_scan_and_knows_training_scans(tmp_path):
     assert [a["seen_in_training"] for a in answers] == [True, False, False, False, False]
     for answer in answers:
         assert sum(answer["probabilities"].values()) == pytest.approx(1)
-        assert (answer["status"] == "deferred") == (answer["confidence"] < 0.3)
-        assert (answer["reason"] == "low_confidence") == (answer["status"] == "deferred")
+        assert (answer["reason"] == "") == (answer["status"] == "scored")
+        assert answer["members_used"] == ["m0", "m1"]
         assert 0 < answer["entropy"] <= np.log(4) + 1e-9
 
 
@@ -186,6 +192,89 @@ def test_an_answer_is_the_same_to_the_last_bit_alone_and_among_others(tmp_path):
     assert (together == np.concatenate(alone, axis=1)).all()
     shifted = [predictor.logits([pixels_BSS[:2]]), predictor.logits([pixels_BSS[2:]])]
     assert (together == np.concatenate(shifted, axis=1)).all()
+
+
+def with_subsets(location, cascade=None, temperature=3.0):
+    """A bundle of two members, each of which may answer alone by a calibration of its own."""
+    whole = make_bundle(location)
+    shutil.rmtree(location)
+    alone = tuple(
+        SubsetInfo(members=(f"m{i}",), temperature=temperature + i, review=whole.review)
+        for i in (0, 1)
+    )
+    return make_bundle(location, quorum=1, subsets=alone, cascade=cascade)
+
+
+def some_pixels(ensemble, num=12):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (num, s.size_px, s.size_px), np.uint8) for s in ensemble.specs]
+
+
+@pytest.mark.parametrize("fault", ["damaged", "missing", "other preprocessing"])
+def test_a_member_that_cannot_answer_is_left_out_and_said(tmp_path, fault, caplog, monkeypatch):
+    info = with_subsets(tmp_path / "b")
+    weights = tmp_path / "b" / "members" / "m0" / "model.safetensors"
+    if fault == "damaged":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif fault == "missing":
+        weights.unlink()
+    else:
+        digest = Preprocessor.golden_digest.func
+        monkeypatch.setattr(
+            Preprocessor,
+            "golden_digest",
+            property(lambda self: "0" * 64 if self.spec.size_px == 32 else digest(self)),
+        )
+    monkeypatch.setattr(logger, "propagate", True)
+    ensemble = Ensemble(Bundle(str(tmp_path / "b")), cascade=True)
+    pixels = some_pixels(ensemble)
+    assert [spec.size_px for spec in ensemble.specs] == [48]
+    answers = ensemble.answer(pixels, ["cd" * 32] * 12)
+    assert "member m0 does not answer" in caplog.text
+    expected = softmax(ensemble.predictor.logits(pixels)[0] / 1.5 / 4.0, axis=1)
+    for answer, probs_K in zip(answers, expected, strict=True):
+        assert answer["members_used"] == ["m1"]
+        np.testing.assert_allclose(list(answer["probabilities"].values()), probs_K, atol=1e-6)
+    strict = info.model_copy(update={"quorum": 2})
+    bundle = Bundle(str(tmp_path / "b")) if fault == "other preprocessing" else None
+    if bundle:
+        bundle.info = strict
+        with pytest.raises(BundleError, match="golden image"):
+            Predictor(bundle)
+
+
+def test_a_bundle_below_its_quorum_is_refused(tmp_path):
+    with_subsets(tmp_path / "b")
+    for name in ("m0", "m1"):
+        (tmp_path / "b" / "members" / name / "model.safetensors").unlink()
+    with pytest.raises(BundleError, match="is missing"):
+        Bundle(str(tmp_path / "b"))
+
+
+def test_the_cascade_asks_the_others_only_where_the_first_is_not_safe(tmp_path):
+    plain = with_subsets(tmp_path / "a", temperature=0.02)
+    first = Ensemble(Bundle(str(tmp_path / "a")))
+    pixels = some_pixels(first)
+    alone = calibration_of(plain, ["m0"]).probs(first.predictor.logits(pixels, [0]))
+    middle = float(np.median(alone.max(1)))
+    cascade = CascadeInfo(
+        min_confidence=dict.fromkeys(SPACE.names, middle), max_disagreement=0.005, agreement=1,
+        agreement_by_family=1, answered_alone=0.5, num_scans=12, num_families=12,
+    )  # fmt: skip
+    with_subsets(tmp_path / "b", cascade, temperature=0.02)
+    bundle = Bundle(str(tmp_path / "b"))
+    answers = Ensemble(bundle, cascade=True).answer(pixels, ["cd" * 32] * 12)
+    together = Ensemble(bundle, cascade=False).answer(pixels, ["cd" * 32] * 12)
+    assert all(answer["members_used"] == ["m0", "m1"] for answer in together)
+    used = {tuple(answer["members_used"]) for answer in answers}
+    assert used == {("m0",), ("m0", "m1")}
+    for answer, whole, probs_K in zip(answers, together, alone, strict=True):
+        if len(answer["members_used"]) == 2:
+            assert answer == whole, "not a bit differs from the ensemble's"
+        else:
+            assert answer["confidence"] >= middle
+            assert answer["status"] == "scored"
+            assert list(answer["probabilities"].values()) == probs_K.tolist()
 
 
 def test_specs_that_differ_in_normalisation_alone_share_their_pixels():
