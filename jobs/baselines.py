@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from bt_core.ensemble.calibration import Calibration
 from bt_core.models.classifier import Classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.scans.formats import decode_scan
@@ -90,6 +91,19 @@ class _ZipScans(Dataset[torch.Tensor]):
         return torch.from_numpy(preprocess_pixels(scan.image_HW, self._spec))
 
 
+def plain_probs(
+    models: list[tuple[Classifier, Preprocessor]], calibration: Calibration
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from pixels_BSS uint8 to the probs_BK of eager models in float32."""
+    plain = [(model.to(memory_format=torch.contiguous_format), own) for model, own in models]
+
+    def to_probs(pixels_BSS: np.ndarray) -> np.ndarray:
+        logits = [model(own.batch(pixels_BSS).contiguous()).numpy() for model, own in plain]
+        return calibration.probs(np.stack(logits))
+
+    return to_probs
+
+
 def plain_score(
     path: str,
     names: list[str],
@@ -99,7 +113,7 @@ def plain_score(
     output: str,
     num_workers: int,
 ) -> int:
-    """Score zip members with a DataLoader and one model, write one Parquet file, return its rows.
+    """Score zip members with a DataLoader, write one Parquet file, return its number of rows.
 
     Args:
         path: zip archive.

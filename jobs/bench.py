@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_OK
-from jobs.command import BundleArgument, DataOption, SourceArgument
+from jobs.command import DataOption
 from jobs.recipes_folder import RECIPES
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one last line of JSON.")]
@@ -62,49 +61,6 @@ def run_train(
     print("waiting for data: " + ", ".join(f"{s} {share:.1%}" for s, share in data_wait.items()))
     if as_json:
         print(json.dumps({"ratios": ratios, "data_wait": data_wait, "images_per_second": sides}))
-    return EXIT_OK
-
-
-def run_score(
-    bundle: BundleArgument,
-    source: SourceArgument,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the sides take turns.")] = 3,
-    as_json: JsonOption = False,
-) -> int:
-    """Score a zip with `bt score` and with a DataLoader loop, archive to Parquet: scans/s.
-
-    Both sides start cold in a process of their own; starting Ray, loading and writing count. The
-    rate without start-up is shown beside it.
-    """
-    sides: dict[str, list[float]] = {"plain": [], "ray": [], "ray_warm": []}
-    agreement = 1.0
-    for number in range(rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            args = (storage.absolute(bundle), storage.absolute(source), folder)
-            num, seconds = apart(_plain_score_seconds, *args)
-            sides["plain"].append(num / seconds)
-            num, seconds, warm = apart(_ray_score_seconds, *args)
-            sides["ray"].append(num / seconds)
-            sides["ray_warm"].append(num / warm)
-            agreement = min(agreement, _agreement(folder))
-        print(f"round {number + 1}: " + medians_line(sides), flush=True)
-    medians = {side: statistics.median(rates) for side, rates in sides.items()}
-    print(
-        f"bt score: {medians['ray'] / medians['plain']:.2f} of the plain loop's scans/s with Ray's "
-        f"start, {medians['ray_warm'] / medians['plain']:.2f} without; labels agree on "
-        f"{agreement:.2%}"
-    )
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "ratio": medians["ray"] / medians["plain"],
-                    "ratio_warm": medians["ray_warm"] / medians["plain"],
-                    "agreement": agreement,
-                    "scans_per_second": sides,
-                }
-            )
-        )
     return EXIT_OK
 
 
@@ -158,68 +114,6 @@ def _ray_train_figures(
         scaling = plan_scaling(num_workers, "cpu", resources.num_cpus, resources.num_gpus)
         run = train(recipe, Dataset(dataset_location), f"{folder}/run", scaling)
         return run.history()
-
-
-def _plain_score_seconds(bundle: str, source: str, folder: str) -> tuple[int, float]:
-    started = time.perf_counter()
-    import torch
-
-    from bt_core.ensemble.calibration import combine
-    from bt_core.errors import UsageError
-    from bt_core.inference.predictor import Predictor
-    from bt_core.models.bundle import Bundle
-    from bt_core.scans.archives import list_scans
-    from jobs.baselines import plain_score
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    opened = Bundle(bundle)
-    predictor, info = Predictor(opened), opened.info
-    if len(predictor.specs) != 1:
-        raise UsageError(
-            "the plain loop has one preprocessing; use a bundle whose members share one"
-        )
-    members = [m.temperature for m in info.members]
-    shares = [m.weight for m in info.members]
-    names = [ref.member for ref in list_scans(source).refs]
-    num = plain_score(
-        source,
-        names,
-        predictor.specs[0],
-        lambda pixels: combine(predictor.logits([pixels]), shares, members, info.temperature),
-        info.label_space.names,
-        f"{folder}/plain.parquet",
-        num_workers=2,
-    )
-    return num, time.perf_counter() - started
-
-
-def _ray_score_seconds(bundle: str, source: str, folder: str) -> tuple[int, float, float]:
-    started = time.perf_counter()
-    import pyarrow as pa
-
-    from bt_core.data.catalog import ref_columns
-    from bt_core.models.bundle import Bundle
-    from bt_core.scans.archives import list_scans
-    from cluster.session import session
-    from jobs.score import score_refs
-
-    refs = pa.table(ref_columns(list_scans(source).refs))
-    with session():
-        warm = time.perf_counter()
-        rows = score_refs(Bundle(bundle), refs, f"{folder}/ray", "cpu")
-        ended = time.perf_counter()
-    return rows.num_rows, ended - started, ended - warm
-
-
-def _agreement(folder: str) -> float:
-    """Return the share of scans that both sides give the same likeliest class."""
-    import numpy as np
-
-    plain = storage.read_table(f"{folder}/plain.parquet").sort_by("member")
-    ours = storage.read_table(f"{folder}/ray/scores").sort_by("member")
-    names = [name for name in plain.column_names if name.startswith("prob_")]
-    stacked = [np.stack([t[name].to_numpy() for name in names], 1) for t in (plain, ours)]
-    return float((stacked[0].argmax(1) == stacked[1].argmax(1)).mean())
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:

@@ -10,6 +10,7 @@ from jobs import (
     bench,
     bench_data,
     bench_figures,
+    bench_score,
     compare,
     demo,
     ensemble,
@@ -57,7 +58,7 @@ for _name, _module in {
 }.items():
     app.command(_name)(command(_name, _module.run))
 bench_app.command("train")(command("bench train", bench.run_train))
-bench_app.command("score")(command("bench score", bench.run_score))
+bench_app.command("score")(command("bench score", bench_score.run_score))
 bench_app.command("audit")(command("bench audit", bench_data.run_audit))
 bench_app.command("figures")(command("bench figures", bench_figures.run_figures))
 bench_app.command("decode")(command("bench decode", bench_data.run_decode))

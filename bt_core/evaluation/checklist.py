@@ -9,7 +9,7 @@ from typing import Any
 
 from bt_core.evaluation.evaluated import EvaluatedScans
 from bt_core.evaluation.intervals import interval_text
-from bt_core.evaluation.model_card import healthy_sentence, review_sentence
+from bt_core.evaluation.model_card import cascade_sentence, healthy_sentence, review_sentence
 from bt_core.evaluation.predictions import SLICE_COLUMNS
 from bt_core.models.bundle import BundleInfo
 from bt_core.scans.members import ATTRIBUTES
@@ -139,6 +139,19 @@ def _trained(bundle: BundleInfo) -> str:
     )
 
 
+def _cascade_words(tested: Mapping[str, Any] | None, bundle: BundleInfo) -> str:
+    """Return when the first member answers alone, and what that did to the tested scans."""
+    fitted = cascade_sentence(bundle)
+    if tested is None:
+        return fitted
+    return (
+        f"These figures are the whole ensemble's. {fitted} Of the tested scans it would answer "
+        f"{tested['answered_alone']:.1%} alone, and {tested['agreement']:.2%} of answers would be "
+        f"the ensemble's; {tested['missed']} tumours would be called free of one without review, "
+        f"and {tested['missed_by_ensemble']} are by the ensemble."
+    )
+
+
 def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point]:
     clean = figures["clean"]
     by_scan, sets = clean["by_scan"], clean["prediction_sets"]
@@ -174,7 +187,8 @@ def _figure_points(figures: Mapping[str, Any], bundle: BundleInfo) -> list[Point
             "Risk distributions and operating points",
             "A histogram of confidence for right and wrong answers. Thresholds were chosen on "
             "validation scans and are in the bundle. "
-            f"{review_sentence(bundle.review)} {healthy_sentence(bundle.review)}",
+            f"{review_sentence(bundle.review)} {healthy_sentence(bundle.review)} "
+            f"{_cascade_words(figures.get('cascade'), bundle)}",
         ),
         Point(
             "Uncertainty",

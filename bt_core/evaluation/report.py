@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 from scipy.special import softmax
 
-from bt_core.ensemble.calibration import combine
+from bt_core.ensemble.calibration import calibration_of, combine
+from bt_core.ensemble.cascade import stands
+from bt_core.ensemble.review import decide
 from bt_core.evaluation.benefit import decision_curve
 from bt_core.evaluation.comparison import compare
 from bt_core.evaluation.deferral import risk_coverage, rule_out, set_figures
@@ -41,8 +43,8 @@ def evaluate(
         `by_scan` and `by_family` (see `intervals.estimate`), and is None without scans. `clean` and
         `all` also have `calibration` (and `calibration_before`, with all temperatures 1),
         `deferral`, `prediction_sets`, `rule_out` and `decision_curves`. `members` (against their
-        ensemble; None for one) and `slices` are of the clean scans. `flow`: counts by status and
-        reason, and the `worst_case` of what was not answered.
+        ensemble; None for one), `cascade` (against it too) and `slices` are of the clean scans.
+        `flow`: counts by status and reason, and the `worst_case` of what was not answered.
 
     Raises:
         DatasetError: if no scan could be read.
@@ -71,6 +73,7 @@ def evaluate(
         "num_seen_in_training": len(scans) - len(clean),
         **figures,
         "members": _members(clean, bundle) if len(clean) else None,
+        "cascade": _cascade(clean, bundle) if len(clean) else None,
         "slices": slice_figures(clean, space) if len(clean) else None,
         "robustness": None,
         "shortcuts": None,
@@ -165,6 +168,31 @@ def _untempered(scans: Scans, bundle: BundleInfo) -> np.ndarray:
     """Return the ensemble's probs_NK as they were before any temperature was fitted."""
     weights = [member.weight for member in bundle.members]
     return combine(scans.logits_NMK.swapaxes(0, 1), weights, [1.0] * len(weights), 1.0)
+
+
+def _cascade(scans: Scans, bundle: BundleInfo) -> dict[str, Any] | None:
+    """Return how the cascade, which these figures are without, would have changed the answers.
+
+    `answered_alone` is the share that the first member answers; `agreement` the share with the
+    ensemble's class and need for review; `missed` and `missed_by_ensemble` count tumours called
+    free of one without review. None if the bundle has no cascade.
+    """
+    if bundle.cascade is None:
+        return None
+    space = bundle.label_space
+    first = calibration_of(bundle, [bundle.members[0].name])
+    alone = decide(first.probs(scans.logits_NMK[:, :1].swapaxes(0, 1)), first.review, space)
+    stands_N = stands(alone, bundle.cascade.min_confidence, space.names)
+    label_N, ill_N = scans.probs_NK.argmax(1), scans.labels_N != space.healthy
+    same_N = ~stands_N | ((alone.label_N == label_N) & scans.scored_N)
+    called_N = (label_N == space.healthy) & scans.scored_N
+    called_alone_N = np.where(stands_N, alone.label_N == space.healthy, called_N)
+    return {
+        "answered_alone": float(stands_N.mean()),
+        "agreement": float(same_N.mean()),
+        "missed": int((called_alone_N & ill_N).sum()),
+        "missed_by_ensemble": int((called_N & ill_N).sum()),
+    }
 
 
 def _members(scans: Scans, bundle: BundleInfo) -> dict[str, Any] | None:

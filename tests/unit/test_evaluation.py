@@ -19,7 +19,7 @@ from bt_core.evaluation.reliability import (
 from bt_core.evaluation.report import evaluate
 from bt_core.evaluation.slices import slice_figures
 from bt_core.labels import LABEL_SPACES
-from bt_core.models.bundle import BundleInfo, MemberInfo, ReviewInfo
+from bt_core.models.bundle import BundleInfo, CascadeInfo, MemberInfo, ReviewInfo, SubsetInfo
 from bt_core.models.spec import ModelSpec
 from bt_core.scans.preprocess import PreprocessSpec
 
@@ -371,3 +371,46 @@ def test_at_a_stated_prevalence_nothing_lies_beyond_what_it_allows():
     for name in ("glioma", "meningioma", "pituitary"):
         one = clean["by_scan"][f"{name}.ppv_at_prevalence"]
         assert 0 < one["low"] < one["value"] < one["high"] < 1
+
+
+def test_the_cascade_is_judged_from_the_logits_against_the_ensemble():
+    """Four scans: the first member answers two alone, of which one is a tumour it calls free."""
+    healthy, glioma = SPACE.healthy, SPACE.index("glioma")
+    first = np.zeros((4, 4))
+    said, sure = [glioma, healthy, healthy, glioma], [0.97, 0.97, 0.5, 0.5]
+    for i, (label, p) in enumerate(zip(said, sure, strict=True)):
+        first[i] = (1 - p) / 3
+        first[i, label] = p
+    scores, truth = tables(4)
+    scores, truth = scores.sort_by("scan_id"), truth.sort_by("scan_id")
+    whole = np.full((4, 4), 0.02)
+    whole[np.arange(4), [glioma, glioma, healthy, glioma]] = 0.94
+    logits = np.log(np.stack([first, whole], 1)).tolist()
+    columns = {
+        "status": ["scored"] * 4,
+        "reason": [""] * 4,
+        "logits": logits,
+        **{f"prob_{name}": whole[:, k] for k, name in enumerate(SPACE.names)},
+    }
+    for name, values in columns.items():
+        scores = scores.set_column(scores.schema.get_field_index(name), name, pa.array(values))
+    labels = ["glioma", "glioma", "no_tumor", "glioma"]
+    truth = truth.set_column(truth.schema.get_field_index("label"), "label", pa.array(labels))
+    review = REVIEW.model_copy(update={"healthy_above": 0.6, "min_confidence": 0.4})
+    cascade = CascadeInfo(
+        min_confidence=dict.fromkeys(SPACE.names, 0.9), max_disagreement=0.005, agreement=1.0,
+        agreement_by_family=1.0, answered_alone=0.5, num_scans=4, num_families=4,
+    )  # fmt: skip
+    sharp = MEMBER.model_copy(update={"temperature": 1.0, "weight": 0.5})
+    bundle = BUNDLE.model_copy(
+        update={
+            "members": (sharp, sharp.model_copy(update={"name": "b"})),
+            "subsets": (SubsetInfo(members=("a",), temperature=1.0, review=review),),
+            "cascade": cascade,
+        }
+    )
+    found = evaluate(join_truth(scores, truth), bundle)["cascade"]
+    assert found == {
+        "answered_alone": 0.5, "agreement": 0.75, "missed": 1, "missed_by_ensemble": 0
+    }  # fmt: skip
+    assert evaluate(join_truth(scores, truth), BUNDLE)["cascade"] is None

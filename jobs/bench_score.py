@@ -1,0 +1,236 @@
+"""`bt bench score`: an archive to Parquet, against the loop that a user would write."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from bt_core import storage
+from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, RunError, UsageError
+from jobs.bench import JsonOption, apart, medians_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_MEMBERS: Final = {"mobilenetv2_100": 3, "resnet50": 2, "densenet121": 2}
+"""Backbones of the ensemble that is made if none is given, with the epochs of each."""
+_SIDE_PX: Final = 224
+_FORWARD_SECONDS: Final = 20.0
+_FORWARD_BATCH: Final = 64
+
+
+def run_score(
+    data: Annotated[
+        str, typer.Option("--data", metavar="ARCHIVE", help="Zip of class folders to score.")
+    ],
+    bundle: Annotated[
+        str | None,
+        typer.Option(
+            "--bundle",
+            metavar="BUNDLE",
+            help="Bundle to score with. [default: MobileNetV2, ResNet50 and DenseNet121 at 224 px, "
+            "trained on the archive first, which takes half an hour on two cores]",
+        ),
+    ] = None,
+    work: Annotated[
+        str | None,
+        typer.Option("--work", metavar="DIR", help="Keep the trained bundle there, or find it."),
+    ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(help="Initial weights of the MobileNetV2; the others start from none."),
+    ] = os.environ.get("BT_WEIGHTS", "none"),
+    num_plain: Annotated[
+        int, typer.Option(min=1, help="Scans of the plain loop, whose rate is steady.")
+    ] = 300,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the sides take turns.")] = 2,
+    as_json: JsonOption = False,
+) -> int:
+    """Score a zip by `bt score` with and without its cascade, by a plain loop, and forward only.
+
+    Each side is a process of its own on all cores; starting it, Ray, loading and writing count. The
+    plain loop is a DataLoader and eager float32. Forward only is what the bundle's runtimes do with
+    scans that are decoded already, one process for each core.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        source = storage.absolute(data)
+        chosen = (
+            storage.absolute(bundle) if bundle else _own_bundle(source, work or scratch, weights)
+        )
+        sides: dict[str, list[float]] = {
+            "plain": [], "ensemble": [], "cascade": [], "forward only": []
+        }  # fmt: skip
+        agreements = []
+        for number in range(rounds):
+            folder = os.path.join(scratch, f"round{number}")
+            os.mkdir(folder)
+            sides["plain"].append(apart(_plain_rate, chosen, source, folder, num_plain))
+            sides["forward only"].append(_forward_rate(chosen))
+            for side, options in (("ensemble", ["--no-cascade"]), ("cascade", [])):
+                sides[side].append(_our_rate(chosen, source, f"{folder}/{side}", options))
+            agreements.append(_agreements(folder))
+            print(f"round {number + 1}: " + medians_line(sides), flush=True)
+    _report(sides, agreements, as_json)
+    return EXIT_OK
+
+
+def _report(
+    sides: dict[str, list[float]], agreements: list[dict[str, float]], as_json: bool
+) -> None:
+    medians = {side: statistics.median(rates) for side, rates in sides.items()}
+    result = {
+        "ratio_ensemble": medians["ensemble"] / medians["plain"],
+        "ratio_cascade": medians["cascade"] / medians["plain"],
+        "of_forward_only": medians["ensemble"] / medians["forward only"],
+        **{name: min(one[name] for one in agreements) for name in agreements[0]},
+        "scans_per_second": sides,
+    }
+    print(
+        f"ensemble {result['ratio_ensemble']:.1f} times the plain loop's scans/s, with the cascade "
+        f"{result['ratio_cascade']:.1f} times; {result['of_forward_only']:.2f} of forward only"
+    )
+    print(
+        f"the cascade's decisions are the ensemble's in {result['agreement']:.2%} of scans, "
+        f"{result['answered_alone']:.1%} answered by the first member alone; classes are the plain "
+        f"loop's in {result['agreement_plain']:.2%}"
+    )
+    if as_json:
+        print(json.dumps(result))
+
+
+def _own_bundle(source: str, work: str, weights: str) -> str:
+    """Train the three members, put them into a bundle and choose its runtimes; or find it."""
+    from jobs import ensemble, optimise, prepare, train
+
+    dataset, bundle = f"{work}/data", f"{work}/bundle"
+    if storage.exists(f"{bundle}/bundle.json"):
+        return bundle
+    if not storage.exists(f"{dataset}/dataset.json"):
+        prepare.run(source, dataset)
+    for backbone, epochs in _MEMBERS.items():
+        own = weights if backbone.startswith("mobilenetv2") else "none"
+        settings = {
+            "preprocess.size_px": _SIDE_PX, "model.backbone": backbone, "model.weights": own,
+            "train.epochs": epochs, "train.precision": "bf16",
+        }  # fmt: skip
+        train.run(
+            "mobilenetv2", dataset, f"{work}/{backbone}", [f"{k}={v}" for k, v in settings.items()]
+        )
+    ensemble.run([f"{work}/{name}" for name in _MEMBERS], f"{work}/plain_bundle", overwrite=True)
+    optimise.run(f"{work}/plain_bundle", dataset, bundle)
+    return bundle
+
+
+def _our_rate(bundle: str, source: str, out: str, options: list[str]) -> float:
+    """Return the scans/s of one `bt score`, its start included."""
+    words = [sys.executable, "-m", "jobs.score", bundle, source, "-o", out, *options]
+    started = time.perf_counter()
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    if done.returncode not in (EXIT_OK, EXIT_INCOMPLETE):
+        raise RunError(f"bt score ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    return len(storage.read_table(f"{out}/scores", ["scan_id"])) / seconds
+
+
+def _plain_rate(bundle: str, source: str, folder: str, num_scans: int) -> float:
+    started = time.perf_counter()
+    import torch
+
+    from bt_core.ensemble.calibration import calibration_of
+    from bt_core.inference.predictor import distinct_specs
+    from bt_core.models.bundle import Bundle
+    from bt_core.models.inputs import Preprocessor
+    from bt_core.scans.archives import list_scans
+    from jobs.baselines import plain_probs, plain_score
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    opened = Bundle(bundle)
+    info = opened.info
+    specs, _ = distinct_specs([m.preprocess for m in info.members])
+    if len(specs) != 1:
+        raise UsageError(
+            "the plain loop has one preprocessing; use a bundle whose members share one"
+        )
+    models = [(opened.load_member(m), Preprocessor(m.preprocess)) for m in info.members]
+    calibration = calibration_of(info, [m.name for m in info.members])
+    names = [ref.member for ref in list_scans(source).refs]
+    chosen = names[:: max(1, len(names) // num_scans)][:num_scans]
+    num = plain_score(
+        source,
+        chosen,
+        specs[0],
+        plain_probs(models, calibration),
+        info.label_space.names,
+        f"{folder}/plain.parquet",
+        num_workers=2,
+    )
+    return num / (time.perf_counter() - started)
+
+
+def _forward_rate(bundle: str) -> float:
+    """Return the scans/s of all members' runtimes on decoded scans, a process for each core."""
+    cores = len(os.sched_getaffinity(0))
+    import multiprocessing
+
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Manager().Barrier(cores)
+    with ProcessPoolExecutor(cores, mp_context=spawn) as pool:
+        return sum(pool.map(_forward_alone, [bundle] * cores, [barrier] * cores))
+
+
+def _forward_alone(bundle: str, barrier: Any) -> float:
+    import numpy as np
+
+    from bt_core.inference.predictor import Predictor
+    from bt_core.models.bundle import Bundle
+    from bt_core.scans.phantom import phantom_slice
+
+    predictor = Predictor(Bundle(bundle))
+    pixels: list[np.ndarray] = [
+        np.stack([phantom_slice("glioma", i, spec.size_px) for i in range(_FORWARD_BATCH)])
+        for spec in predictor.specs
+    ]
+    predictor.logits(pixels)
+    barrier.wait()  # all cores are loaded before any is measured
+    started, num = time.perf_counter(), 0
+    while time.perf_counter() - started < _FORWARD_SECONDS:
+        predictor.logits(pixels)
+        num += _FORWARD_BATCH
+    return num / (time.perf_counter() - started)
+
+
+def _agreements(folder: str) -> dict[str, float]:
+    """Return shares of scans: decisions of the cascade, its savings, classes of the plain loop."""
+    columns = ["scan_id", "member", "status", "predicted_label", "members_used"]
+    ours, quick = (
+        storage.read_table(f"{folder}/{side}/scores", columns).sort_by("scan_id")
+        for side in ("ensemble", "cascade")
+    )
+    same = [
+        a == b
+        for a, b in zip(*(_decisions(table) for table in (ours, quick)), strict=True)
+        if a[1] is not None
+    ]
+    used = [len(names) for names in quick["members_used"].to_pylist() if names]
+    plain = storage.read_table(f"{folder}/plain.parquet")
+    names = [name for name in plain.column_names if name.startswith("prob_")]
+    rows = plain.to_pylist()
+    labels = {r["member"]: max(names, key=r.__getitem__).removeprefix("prob_") for r in rows}
+    known = dict(zip(ours["member"].to_pylist(), ours["predicted_label"].to_pylist(), strict=True))
+    return {
+        "agreement": sum(same) / len(same),
+        "answered_alone": sum(n == 1 for n in used) / len(used),
+        "agreement_plain": sum(known[m] == label for m, label in labels.items()) / len(labels),
+    }
+
+
+def _decisions(table: "pa.Table") -> list[tuple[str, str | None]]:
+    """Return status and class of each row."""
+    return list(zip(table["status"].to_pylist(), table["predicted_label"].to_pylist(), strict=True))
