@@ -22,6 +22,7 @@ on patients, other organs, other modalities, whole volumes.
 - Input: one grey MRI slice. Output: calibrated probabilities of {classes}.
 - Members: {members}
 - {review}
+- {runtimes}
 - Conformal prediction sets were set to hold each class in {level:.0%} of its scans of new families.
   {healthy}
   Both were set on validation scans that also chose the epoch.
@@ -80,6 +81,7 @@ def model_card(
         classes=", ".join(info.label_space.names),
         members=members,
         review=review_sentence(info.review),
+        runtimes=runtimes_sentence(info),
         level=info.review.conformal_level,
         healthy=healthy_sentence(info.review),
         dataset_digest=info.provenance["dataset_digest"][:16],
@@ -95,6 +97,25 @@ def review_sentence(review: ReviewInfo) -> str:
     if review.min_confidence >= 1:
         return "Every answer is marked for review: no confidence was right often enough."
     return f"Answers below a confidence of {review.min_confidence:.3f} are marked for review."
+
+
+def runtimes_sentence(info: BundleInfo) -> str:
+    """Return how the members run, and how far that is from the reference."""
+    measured = info.provenance.get("runtimes")
+    if measured is None:
+        return "All members run as eager PyTorch in float32, the reference."
+    rates = []
+    for name, chosen in measured["chosen"].items():
+        of = {f"{r['kind']} {r['precision']}": r for r in measured["members"][name]}
+        faster = of[chosen]["images_per_second"] / of["torch fp32"]["images_per_second"]
+        rates.append(f"{name} as {chosen} ({faster:.1f} times the reference's rate)")
+    return (
+        f"On a CPU like {measured['cpu']} members run: {'; '.join(rates)}. Of the ensemble's "
+        f"labels on {measured['num_scans']} validation scans "
+        f"{measured['ensemble']['label_flips']:.2%} differ from eager PyTorch's in float32, the "
+        f"reference, and probabilities by at most {measured['ensemble']['max_change']:.4f}. "
+        "A host that cannot run a member so runs the reference."
+    )
 
 
 def healthy_sentence(review: ReviewInfo) -> str:

@@ -56,8 +56,8 @@ class OpenVINORuntime:
         capabilities = _capabilities(core)
         if _CAPABILITY[info.precision] not in capabilities:
             raise UnavailableError(
-                f"this CPU has no {info.precision} instructions that OpenVINO {_openvino_version()} "
-                f"uses (it has {', '.join(capabilities)})"
+                f"OpenVINO {_openvino_version()} finds no {info.precision} instructions on this CPU "
+                f"(only {', '.join(capabilities)})"
             )
         xml, weights = (files[name] for name in EXPORTS)
         settings = {
@@ -189,9 +189,9 @@ class _ImagesToLogits(torch.nn.Module):
 def _without_telemetry() -> None:
     """Keep openvino and nncf from calling home.
 
-    Importing either one sends an event to Google Analytics, as do converting and quantising, unless
-    a file in the home folder says no. Both go without where `openvino_telemetry` cannot be imported,
-    and `None` here makes Python refuse to import it: the code that sends is never loaded.
+    Importing either one sends an event to Google Analytics, as do converting and quantising,
+    unless a file in the home folder says no. Both do without where `openvino_telemetry` cannot be
+    imported, and `None` here makes Python refuse to import it: what sends is never loaded.
     """
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 

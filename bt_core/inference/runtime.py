@@ -193,17 +193,26 @@ def load_runtime(
     wanted = member.runtime
     if wanted.kind == "torch":
         return TorchRuntime(classifier, preprocessor, wanted.batch_size)
+    reference = TorchRuntime(classifier, preprocessor)
     try:
         files = {}
         if wanted.kind == "openvino":
             files = {name: bundle.read(f"members/{member.name}/{name}") for name in EXPORTS}
-        return start(classifier, preprocessor, wanted, files, member.temperature)
+        runtime = start(classifier, preprocessor, wanted, files)
+        change = golden_change(runtime, reference, preprocessor.spec, member.temperature)
+        if change > wanted.max_change:
+            raise UnavailableError(
+                f"on this host a probability of the golden picture is {change:.3f} from the "
+                f"reference's; {wanted.max_change:g} is allowed"
+            )
     except UnavailableError as error:
         logger.warning(
-            "member %s runs as torch fp32, slower than as %s %s: %s",
+            "member %s runs as torch fp32 instead of %s %s: %s",
             member.name, wanted.kind, wanted.precision, error,
         )  # fmt: skip
-        return TorchRuntime(classifier, preprocessor, fallback=str(error))
+        reference.fallback = str(error)
+        return reference
+    return runtime
 
 
 def start(
@@ -211,47 +220,39 @@ def start(
     preprocessor: Preprocessor,
     info: RuntimeInfo,
     files: Mapping[str, bytes],
-    temperature: float,
 ) -> Runtime:
-    """Return a runtime other than the reference, after asking it for the golden picture.
+    """Return a runtime other than the reference, with as many threads as torch has.
 
     Args:
         classifier: on its device, in evaluation mode.
         preprocessor: the member's.
-        info: what to start, with as many threads as torch has.
+        info: what to start.
         files: content by name of `EXPORTS`, for OpenVINO.
-        temperature: the member's.
 
     Raises:
-        UnavailableError: if this host cannot run it, or its probabilities of the golden picture
-            are further than `info.max_change` from the reference's.
+        UnavailableError: if this host cannot run it.
     """
-    runtime: Runtime
     if info.kind == "compiled":
-        runtime = CompiledRuntime(classifier, preprocessor, info)
-    else:
-        from bt_core.inference.openvino_runtime import OpenVINORuntime
+        return CompiledRuntime(classifier, preprocessor, info)
+    from bt_core.inference.openvino_runtime import OpenVINORuntime
 
-        device = next(classifier.parameters()).device.type
-        if device != "cpu":
-            raise UnavailableError(f"OpenVINO runs on the CPU, and the members are on {device}")
-        runtime = OpenVINORuntime(files, preprocessor, info, torch.get_num_threads())
-    golden_BSS = _golden_pixels(preprocessor.spec)
-    reference = TorchRuntime(classifier, preprocessor)
-    probs = [softmax(r.run(golden_BSS)[0] / temperature, axis=1) for r in (runtime, reference)]
-    change = float(np.abs(probs[0] - probs[1]).max())
-    if not change <= info.max_change:  # not a number, either
-        raise UnavailableError(
-            f"on this host a probability of the golden picture is {change:.3f} from the "
-            f"reference's; {info.max_change:g} is allowed"
-        )
-    return runtime
+    device = next(classifier.parameters()).device.type
+    if device != "cpu":
+        raise UnavailableError(f"OpenVINO runs on the CPU, and the members are on {device}")
+    return OpenVINORuntime(files, preprocessor, info, torch.get_num_threads())
 
 
-def _golden_pixels(spec: PreprocessSpec) -> np.ndarray:
-    """Return pixels_BSS uint8 of the golden picture in four positions."""
+def golden_change(
+    runtime: Runtime, reference: Runtime, spec: PreprocessSpec, temperature: float
+) -> float:
+    """Return the largest difference between the probabilities of two runtimes, in [0, 1].
+
+    Of the golden picture in four positions; 1 if either gives what is no number.
+    """
     image_SS = preprocess_pixels(golden_image(), spec)
-    return np.stack([np.rot90(image_SS, turns) for turns in range(4)])
+    golden_BSS = np.stack([np.rot90(image_SS, turns) for turns in range(4)])
+    one, other = (softmax(r.run(golden_BSS)[0] / temperature, 1) for r in (runtime, reference))
+    return float(np.nan_to_num(np.abs(one - other), nan=1.0).max())
 
 
 def _cpu_has_bf16() -> bool:
