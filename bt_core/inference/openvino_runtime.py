@@ -56,8 +56,8 @@ class OpenVINORuntime:
         capabilities = _capabilities(core)
         if _CAPABILITY[info.precision] not in capabilities:
             raise UnavailableError(
-                f"OpenVINO {_openvino_version()} finds no {info.precision} instructions on this CPU "
-                f"(only {', '.join(capabilities)})"
+                f"OpenVINO {_openvino_version()} finds no {info.precision} instructions on this "
+                f"CPU (only {', '.join(capabilities)})"
             )
         xml, weights = (files[name] for name in EXPORTS)
         settings = {
@@ -80,7 +80,7 @@ class OpenVINORuntime:
 
     @property
     def num_threads(self) -> int:
-        """Threads that OpenVINO uses for it."""
+        """Threads that OpenVINO runs it on."""
         return int(self._compiled.get_property("INFERENCE_NUM_THREADS"))
 
     def run(self, pixels_BSS: np.ndarray) -> Answer:
@@ -117,10 +117,11 @@ def export(classifier: Classifier, preprocessor: Preprocessor, batch_size: int) 
         UnavailableError: if OpenVINO is not installed, or has no counterpart of some operation.
     """
     side = preprocessor.spec.size_px
-    graph: torch.nn.Module = PixelsToLogits(classifier, preprocessor)
+    whole = PixelsToLogits(classifier, preprocessor)
+    graph: torch.nn.Module = whole
     example = torch.zeros(batch_size, side, side, dtype=torch.uint8)
     if takes_images(preprocessor):
-        graph, example = _ImagesToLogits(graph), preprocessor.batch(example.numpy())
+        graph, example = _ImagesToLogits(whole), preprocessor.batch(example.numpy())
     openvino = _openvino()
     try:
         with torch.no_grad():
@@ -178,12 +179,12 @@ def files_of(model: Any) -> dict[str, bytes]:
 
 
 class _ImagesToLogits(torch.nn.Module):
-    def __init__(self, graph: PixelsToLogits) -> None:
+    def __init__(self, whole: PixelsToLogits) -> None:
         super().__init__()
-        self.graph = graph
+        self.whole = whole
 
     def forward(self, images_BCSS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.graph.answer(images_BCSS)
+        return self.whole.answer(images_BCSS)
 
 
 def _without_telemetry() -> None:

@@ -22,8 +22,8 @@ class Predictor:
     Args:
         bundle: a verified bundle.
         device: `cpu` or `cuda`.
-        num_threads: torch threads of this process on the CPU; other numbers than one change the
-            last bits of the answers.
+        num_threads: threads of this process on the CPU, torch's and OpenVINO's; other numbers than
+            one change the last bits of the answers.
 
     Raises:
         BundleError: if weights do not fit, or this host preprocesses the golden image differently.
@@ -47,6 +47,13 @@ class Predictor:
             model = bundle.load_member(member).to(self.device)
             self.models.append(model)
             self.runtimes.append(load_runtime(bundle, member, model, preprocessor))
+        self.names = [member.name for member in bundle.info.members]
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Members that run as the reference instead of as the bundle asks, with the reason."""
+        members = zip(self.names, self.runtimes, strict=True)
+        return {name: runtime.fallback for name, runtime in members if runtime.fallback}
 
     def logits(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Return logits_MBK float32.

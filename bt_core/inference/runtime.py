@@ -162,7 +162,7 @@ class CompiledRuntime:
         with precision:
             logits_BK, features_BD = self._graph(torch.from_numpy(pixels_BSS).to(self._device))
         # A copy: the next replay of a CUDA graph writes over what this one gave.
-        return np.array(logits_BK.cpu()), np.array(features_BD.cpu())
+        return logits_BK.cpu().numpy().copy(), features_BD.cpu().numpy().copy()
 
 
 def in_batches(
