@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from shutil import which
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from bt_core.errors import BundleError, UnavailableError
+from bt_core.evaluation.model_card import runtimes_sentence
 from bt_core.inference import openvino_runtime
 from bt_core.inference.openvino_runtime import OpenVINORuntime, export, files_of, quantize
 from bt_core.inference.optimise import Limits, Measured, Scans, choose_runtime, compare, judge
@@ -27,6 +29,7 @@ from bt_core.models.classifier import build_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.spec import HeadSpec, ModelSpec
 from bt_core.scans.preprocess import PreprocessSpec
+from cluster.session import Resources
 from tests.unit.test_models import TINY, make_bundle
 
 FLAT = HeadSpec(pool="flatten", hidden=(8,))
@@ -356,3 +359,50 @@ def test_nothing_calls_home(tmp_path):
     assert "os.fork" in as_it_comes, "it sends from a child process"
     assert home_calls(_OUR_WORK, tmp_path / "ours") == "[] False"
     assert not list((tmp_path / "ours").glob("intel*"))
+
+
+_BUSY_THREADS = """
+import psutil, torch
+from tests.unit.test_runtimes import member_of, openvino_of, scans_of
+torch.set_num_threads(1)
+classifier, preprocessor = member_of("mobilenet")
+runtime, scans = openvino_of(classifier, preprocessor), scans_of(preprocessor, 4)
+def spent():
+    return {t.id: t.user_time + t.system_time for t in psutil.Process().threads()}
+before = spent()
+while sum(spent().values()) - sum(before.values()) < 1:
+    runtime.run(scans)
+grown = {i: s - before.get(i, 0) for i, s in spent().items()}
+print(sum(s > 0.05 for s in grown.values()))
+"""
+
+
+def test_a_runtime_keeps_one_thread_busy():
+    """Several actors share a host, each with a thread of its own."""
+    path = {"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", _BUSY_THREADS], env=path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1"]
+
+
+@pytest.mark.parametrize("num_cpus", [1.0, 2.0, 3.5, 64.0])
+def test_scoring_actors_of_one_thread_are_no_more_than_the_cores(num_cpus):
+    resources = Resources(num_cpus, 0.0, 1, num_cpus)
+    assert 1 <= resources.scorers("cpu")[0] <= num_cpus
+
+
+def test_the_model_card_says_how_members_run(tmp_path):
+    info = make_bundle(tmp_path / "b", sizes=(32,))
+    assert "eager PyTorch in float32, the reference" in runtimes_sentence(info)
+    rows = [
+        asdict(Measured("torch", "fp32", 4, 50.0)),
+        asdict(Measured("openvino", "bf16", 4, 210.0)),
+    ]
+    measured = {
+        "cpu": "some CPU", "num_scans": 900, "chosen": {"m0": "openvino bf16"},
+        "members": {"m0": rows}, "ensemble": {"label_flips": 0.0011, "max_change": 0.02},
+    }  # fmt: skip
+    sentence = runtimes_sentence(info.model_copy(update={"provenance": {"runtimes": measured}}))
+    assert "m0 as openvino bf16 (4.2 times the reference's rate)" in sentence
+    assert "900 validation scans 0.11% differ" in sentence
