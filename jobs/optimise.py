@@ -155,7 +155,7 @@ def write_optimised(
 ) -> "BundleInfo":
     """Write the bundle anew with the chosen runtimes, and all that was measured."""
     from bt_core.evaluation.model_card import model_card
-    from bt_core.inference.optimise import host
+    from bt_core.inference.optimise import host, name_of
     from bt_core.models.bundle import rewrite_bundle
 
     measured = {
@@ -164,7 +164,7 @@ def write_optimised(
         "num_scans": num_scans,
         **limits.model_dump(),
         "members": {n: [asdict(m) for m in c.measured] for n, c in choices.items()},
-        "chosen": {n: f"{c.runtime.kind} {c.runtime.precision}" for n, c in choices.items()},
+        "chosen": {n: name_of(c.runtime) for n, c in choices.items()},
         "ensemble": _of_ensemble(bundle, choices),
         "bundle_id": bundle.info.bundle_id,
     }
@@ -211,19 +211,18 @@ def table(runtimes: dict[str, Any]) -> list[str]:
         f"{runtimes['num_scans']} validation scans, {runtimes['num_threads']} thread(s) of "
         f"{runtimes['cpu']}; at most {runtimes['max_flips']:.2%} of labels may flip, and no "
         f"probability move by more than {runtimes['max_change']:g}",
-        f"{'member':<18}{'runtime':<15}{'images/s':>9}{'flips':>9}{'largest':>9}{'mean':>10}",
+        f"{'member':<18}{'runtime':<32}{'images/s':>9}{'flips':>8}{'largest':>9}{'mean':>10}",
     ]
     for member, rows in runtimes["members"].items():
         for row in rows:
-            name = f"{row['kind']} {row['precision']}"
-            figures = " " * 37
+            name, figures = row["name"], " " * 36
             if row["images_per_second"] is not None:
                 figures = (
-                    f"{row['images_per_second']:>9.1f}{row['label_flips']:>9.2%}"
+                    f"{row['images_per_second']:>9.1f}{row['label_flips']:>8.2%}"
                     f"{row['max_change']:>9.4f}{row['mean_change']:>10.6f}"
                 )
             chosen = "chosen" if name == runtimes["chosen"][member] else row["why_not"]
-            lines.append(f"{member:<18}{name:<15}{figures}  {chosen}".rstrip())
+            lines.append(f"{member:<18}{name:<32}{figures}  {chosen}".rstrip())
     ensemble = runtimes["ensemble"]
     lines.append(
         f"ensemble: {ensemble['label_flips']:.2%} of labels flip, probabilities move by at most "

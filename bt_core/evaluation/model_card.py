@@ -106,7 +106,7 @@ def runtimes_sentence(info: BundleInfo) -> str:
         return "All members run as eager PyTorch in float32, the reference."
     rates = []
     for name, chosen in measured["chosen"].items():
-        of = {f"{r['kind']} {r['precision']}": r for r in measured["members"][name]}
+        of = {row["name"]: row for row in measured["members"][name]}
         faster = of[chosen]["images_per_second"] / of["torch fp32"]["images_per_second"]
         rates.append(f"{name} as {chosen} ({faster:.1f} times the reference's rate)")
     return (

@@ -19,7 +19,7 @@ import torch
 
 from bt_core.errors import UnavailableError
 from bt_core.inference.runtime import Answer, PixelsToLogits, in_batches
-from bt_core.models.bundle import EXPORTS, RuntimeInfo
+from bt_core.models.bundle import EXPORTS, INT8_EXPORTS, RuntimeInfo
 from bt_core.models.classifier import Classifier
 from bt_core.models.inputs import Preprocessor
 
@@ -32,7 +32,7 @@ class OpenVINORuntime:
     """An exported member on an x86 or ARM CPU.
 
     Args:
-        files: content by name of `EXPORTS`.
+        files: content of its `exports`, by name.
         preprocessor: the member's.
         info: precision, and the batch size that was exported.
         num_threads: of this process.
@@ -59,7 +59,10 @@ class OpenVINORuntime:
                 f"OpenVINO {_openvino_version()} finds no {info.precision} instructions on this "
                 f"CPU (only {', '.join(capabilities)})"
             )
-        xml, weights = (files[name] for name in EXPORTS)
+        if info.precision == "int8" and not _cpu_sums_int8():
+            raise UnavailableError("this CPU has no int8 dot products (VNNI), and others overflow")
+        names = INT8_EXPORTS if info.precision == "int8" else EXPORTS
+        xml, weights = (files[name] for name in names)
         settings = {
             "INFERENCE_PRECISION_HINT": _HINT[info.precision],
             "INFERENCE_NUM_THREADS": num_threads,
@@ -171,11 +174,11 @@ def quantize(model: Any, pixels_NSS: np.ndarray, preprocessor: Preprocessor) -> 
         raise UnavailableError(f"NNCF: {type(error).__name__}: {error}") from error
 
 
-def files_of(model: Any) -> dict[str, bytes]:
+def files_of(model: Any, names: tuple[str, str] = EXPORTS) -> dict[str, bytes]:
     """Return an OpenVINO model's files by name, with its weights as they are."""
     with tempfile.TemporaryDirectory() as folder:
-        _openvino().save_model(model, f"{folder}/{EXPORTS[0]}", compress_to_fp16=False)
-        return {name: Path(folder, name).read_bytes() for name in EXPORTS}
+        _openvino().save_model(model, f"{folder}/{names[0]}", compress_to_fp16=False)
+        return {name: Path(folder, name).read_bytes() for name in names}
 
 
 class _ImagesToLogits(torch.nn.Module):
@@ -208,6 +211,13 @@ def _openvino() -> Any:
 
 def _openvino_version() -> str:
     return str(_openvino().get_version()).split("-")[0]
+
+
+def _cpu_sums_int8() -> bool:
+    """Return whether int8 products are summed in 32 bits; older x86 sums pairs of them in 16."""
+    found = torch.cpu.get_capabilities()
+    flags = ("avx512_vnni", "avx_vnni", "amx_int8")
+    return found.get("architecture") != "x86_64" or any(found.get(flag) for flag in flags)
 
 
 def _core() -> Any:

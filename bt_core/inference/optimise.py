@@ -16,8 +16,8 @@ from scipy.special import softmax
 
 from bt_core.config import StrictModel
 from bt_core.errors import UnavailableError
-from bt_core.inference.runtime import Runtime, TorchRuntime, golden_change, start
-from bt_core.models.bundle import RuntimeInfo
+from bt_core.inference.runtime import Runtime, TorchRuntime, confidence, golden_change, start
+from bt_core.models.bundle import EXPORTS, INT8_EXPORTS, RuntimeInfo
 from bt_core.models.classifier import Classifier
 from bt_core.models.inputs import Preprocessor
 
@@ -30,6 +30,10 @@ CANDIDATES: Final = (
 """Kind and precision of what is measured against the reference."""
 _ROUNDS: Final = 5
 _ROUND_SECONDS: Final = 0.4
+_RATE_BATCH: Final = 64
+"""Scans that come at once, as in scoring."""
+EXACT_BELOW: Final = (0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+"""Confidences that doubtful answers may lie below."""
 _KEPT_FLAGS: Final = ("avx2", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
 
 
@@ -46,9 +50,12 @@ class Limits(StrictModel):
 class Measured:
     """One way to run a member, on the validation scans and on one thread of this host."""
 
-    kind: str
-    precision: str
+    name: str
     batch_size: int
+    exact_below: float = 0.0
+    """As in `RuntimeInfo`."""
+    exact_share: float = 0.0
+    """Of the validation scans that it answers in float32."""
     images_per_second: float | None = None
     """Median of rounds that all took turns in; None for what this host cannot run."""
     start_seconds: float | None = None
@@ -126,38 +133,84 @@ def choose_runtime(
     """
     reference = TorchRuntime(classifier, preprocessor, batch_size)
     wanted_NK = reference.run(scans.compared_NSS)[0]
-    kept = RuntimeInfo(batch_size=batch_size)
-    first = Measured(kind="torch", precision="fp32", batch_size=batch_size)
+    first = Measured("torch fp32", batch_size)
+    compare(first, wanted_NK, wanted_NK, temperature, 0.0)
     started = [_Started(reference, first, wanted_NK, {})]
     rows = [first]
     exporter = _Exporter(classifier, preprocessor, scans.ranges_NSS, batch_size)
-    for kind, precision in candidates:
-        info = kept.model_copy(
-            update={"kind": kind, "precision": precision, "max_change": limits.max_change}
-        )
-        row = Measured(kind=kind, precision=precision, batch_size=batch_size)
-        rows.append(row)
+
+    def try_out(info: RuntimeInfo) -> _Started | None:
+        rows.append(row := Measured(name_of(info), batch_size, info.exact_below))
         try:
-            files = exporter.files(precision) if kind == "openvino" else {}
+            files = exporter.files(info.exports)
             began = time.perf_counter()
             runtime = start(classifier, preprocessor, info, files)
-            row.start_seconds = round(time.perf_counter() - began, 2)
         except UnavailableError as error:
             row.why_not = str(error)
-            continue
+            return None
+        row.start_seconds = round(time.perf_counter() - began, 2)
         logits_NK = runtime.run(scans.compared_NSS)[0]
         golden = golden_change(runtime, reference, preprocessor.spec, temperature)
         compare(row, logits_NK, wanted_NK, temperature, golden)
-        started.append(_Started(runtime, row, logits_NK, files))
-    compare(first, wanted_NK, wanted_NK, temperature, 0.0)
-    _time_in_turns(started, scans.compared_NSS)
-    for row in rows:
         judge(row, limits)
+        started.append(_Started(runtime, row, logits_NK, files))
+        return started[-1]
+
+    for kind, precision in candidates:
+        info = RuntimeInfo.model_validate(
+            {
+                "kind": kind,
+                "precision": precision,
+                "batch_size": batch_size,
+                "max_change": limits.max_change,
+            }
+        )
+        alone = try_out(info)
+        if alone is None or alone.measured.accepted:
+            continue
+        below = doubtful_below(alone.logits_NK, wanted_NK, temperature, limits)
+        if below is not None:
+            checked = try_out(info.model_copy(update={"exact_below": below}))
+            if checked is not None:
+                checked.measured.exact_share = float((confidence(alone.logits_NK) < below).mean())
+    judge(first, limits)
+    _time_in_turns(started, scans.compared_NSS)
     best = max(
         (one for one in started if one.measured.accepted),
         key=lambda one: one.measured.images_per_second or 0.0,
     )
     return Choice(best.runtime.info, rows, best.logits_NK, wanted_NK, best.files)
+
+
+def name_of(info: RuntimeInfo) -> str:
+    """Return how people call a runtime."""
+    checked = f" (fp32 below {info.exact_below:g})" if info.exact_below else ""
+    return f"{info.kind} {info.precision}{checked}"
+
+
+def doubtful_below(
+    logits_NK: np.ndarray, wanted_NK: np.ndarray, temperature: float, limits: Limits
+) -> float | None:
+    """Return the lowest confidence of `EXACT_BELOW` that keeps the limits, or None.
+
+    Answers less sure are taken from the reference. Both limits are halved, because the scans that
+    choose are those that are counted afterwards.
+
+    Args:
+        logits_NK: the candidate's.
+        wanted_NK: the reference's.
+        temperature: the member's.
+        limits: what may differ.
+    """
+    half = Limits(max_flips=limits.max_flips / 2, max_change=limits.max_change / 2)
+    for below in EXACT_BELOW:
+        doubtful_N1 = confidence(logits_NK)[:, None] < below
+        row = Measured("", 1)
+        compare(row, np.where(doubtful_N1, wanted_NK, logits_NK), wanted_NK, temperature, 0.0)
+        judge(row, half)
+        if row.accepted:
+            return below
+    return None
 
 
 def compare(
@@ -229,33 +282,36 @@ class _Exporter:
         self._classifier, self._preprocessor = classifier, preprocessor
         self._ranges_NSS, self._batch_size = ranges_NSS, batch_size
         self._model: Any = None
+        self._made: dict[str, bytes] = {}
 
-    def files(self, precision: str) -> Mapping[str, bytes]:
-        """Return the files of a graph that fp32 and bf16 share, or of the one in int8.
+    def files(self, names: Sequence[str]) -> Mapping[str, bytes]:
+        """Return exported files by name, each made once.
 
         Raises:
-            UnavailableError: if it cannot be made here.
+            UnavailableError: if one cannot be made here.
         """
         from bt_core.inference.openvino_runtime import export, files_of, quantize
 
-        if self._model is None:
+        if names and self._model is None:
             self._model = export(self._classifier, self._preprocessor, self._batch_size)
-        if precision == "int8":
-            return files_of(quantize(self._model, self._ranges_NSS, self._preprocessor))
-        return files_of(self._model)
+        if EXPORTS[0] in names and EXPORTS[0] not in self._made:
+            self._made |= files_of(self._model)
+        if INT8_EXPORTS[0] in names and INT8_EXPORTS[0] not in self._made:
+            model = quantize(self._model, self._ranges_NSS, self._preprocessor)
+            self._made |= files_of(model, INT8_EXPORTS)
+        return {name: self._made[name] for name in names}
 
 
 def _time_in_turns(started: Sequence[_Started], pixels_NSS: np.ndarray) -> None:
     """Fill in rates: medians of rounds, so that what else the host does hits all alike."""
-    size = started[0].measured.batch_size
-    pixels_BSS = np.resize(pixels_NSS, (size, *pixels_NSS.shape[1:]))
     rates: list[list[float]] = [[] for _ in started]
     for _ in range(_ROUNDS):
         for one, own in zip(started, rates, strict=True):
-            began, num = time.perf_counter(), 0
-            while (seconds := time.perf_counter() - began) < _ROUND_SECONDS:
-                one.runtime.run(pixels_BSS)
-                num += size
+            began, num, seconds = time.perf_counter(), 0, 0.0
+            while seconds < _ROUND_SECONDS:
+                first = num % len(pixels_NSS)
+                num += len(one.runtime.run(pixels_NSS[first : first + _RATE_BATCH])[0])
+                seconds = time.perf_counter() - began
             own.append(num / seconds)
     for one, own in zip(started, rates, strict=True):
         one.measured.images_per_second = round(statistics.median(own), 1)

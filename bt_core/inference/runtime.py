@@ -15,7 +15,7 @@ from torch import nn
 
 from bt_core.errors import UnavailableError
 from bt_core.log import logger
-from bt_core.models.bundle import EXPORTS, Bundle, MemberInfo, RuntimeInfo
+from bt_core.models.bundle import Bundle, MemberInfo, RuntimeInfo
 from bt_core.models.classifier import Classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.scans.preprocess import PreprocessSpec, golden_image, preprocess_pixels
@@ -165,6 +165,38 @@ class CompiledRuntime:
         return logits_BK.cpu().numpy().copy(), features_BD.cpu().numpy().copy()
 
 
+class CheckedRuntime:
+    """A fast runtime whose doubtful answers are given once more in float32.
+
+    Lower precision moves the probabilities of doubtful scans only: those of sure ones are close to
+    0 and 1, where the softmax is flat.
+
+    Args:
+        fast: of lower precision.
+        exact: in float32.
+        info: has `exact_below`, the confidence that makes an answer doubtful.
+    """
+
+    def __init__(self, fast: Runtime, exact: Runtime, info: RuntimeInfo) -> None:
+        self.info = info
+        self.fallback = ""
+        self._fast, self._exact = fast, exact
+
+    def run(self, pixels_BSS: np.ndarray) -> Answer:
+        """Return logits and features, as `Runtime` says."""
+        logits_BK, features_BD = self._fast.run(pixels_BSS)
+        doubtful_B = confidence(logits_BK) < self.info.exact_below
+        if doubtful_B.any():
+            logits_BK[doubtful_B], features_BD[doubtful_B] = self._exact.run(pixels_BSS[doubtful_B])
+        return logits_BK, features_BD
+
+
+def confidence(logits_BK: np.ndarray) -> np.ndarray:
+    """Return the largest probability of each scan, confidence_B, without a temperature."""
+    largest_B: np.ndarray = softmax(np.float64(logits_BK), axis=1).max(1)
+    return largest_B
+
+
 def in_batches(
     pixels_BSS: np.ndarray, size: int, forward: Callable[[np.ndarray], Answer]
 ) -> Answer:
@@ -195,9 +227,7 @@ def load_runtime(
         return TorchRuntime(classifier, preprocessor, wanted.batch_size)
     reference = TorchRuntime(classifier, preprocessor)
     try:
-        files = {}
-        if wanted.kind == "openvino":
-            files = {name: bundle.read(f"members/{member.name}/{name}") for name in EXPORTS}
+        files = {n: bundle.read(f"members/{member.name}/{n}") for n in wanted.exports}
         runtime = start(classifier, preprocessor, wanted, files)
         change = golden_change(runtime, reference, preprocessor.spec, member.temperature)
         if change > wanted.max_change:
@@ -227,11 +257,19 @@ def start(
         classifier: on its device, in evaluation mode.
         preprocessor: the member's.
         info: what to start.
-        files: content by name of `EXPORTS`, for OpenVINO.
+        files: content of its `exports`, by name.
 
     Raises:
         UnavailableError: if this host cannot run it.
     """
+    if info.exact_below:
+        alone = info.model_copy(update={"exact_below": 0.0})
+        fast = start(classifier, preprocessor, alone, files)
+        exact: Runtime = TorchRuntime(classifier, preprocessor, info.batch_size)
+        if info.kind == "openvino":
+            whole = alone.model_copy(update={"precision": "fp32"})
+            exact = start(classifier, preprocessor, whole, files)
+        return CheckedRuntime(fast, exact, info)
     if info.kind == "compiled":
         return CompiledRuntime(classifier, preprocessor, info)
     from bt_core.inference.openvino_runtime import OpenVINORuntime

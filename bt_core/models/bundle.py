@@ -5,7 +5,7 @@
     bundle.json                      BundleInfo; its bundle_id covers all that decides an answer
     members/<name>/config.json       the resolved ModelSpec and PreprocessSpec
     members/<name>/model.safetensors
-    members/<name>/openvino.{xml,bin}  the member as one graph, where bt optimise chose OpenVINO
+    members/<name>/openvino*.{xml,bin}  the member as a graph, where bt optimise chose OpenVINO
     training_index.safetensors       which pixels were trained on
     MODEL_CARD.md                    for people; gets the test figures when it is evaluated
 """
@@ -31,7 +31,9 @@ from bt_core.scans.preprocess import PreprocessSpec
 FORMAT_VERSION = 2
 INDEX_FILE = "training_index.safetensors"
 EXPORTS: Final = ("openvino.xml", "openvino.bin")
-"""Names of a member's exported files."""
+"""Names of a member's exported graph and weights, for fp32 and bf16."""
+INT8_EXPORTS: Final = ("openvino_int8.xml", "openvino_int8.bin")
+"""Those of the one in int8."""
 
 
 class RuntimeInfo(StrictModel):
@@ -44,6 +46,18 @@ class RuntimeInfo(StrictModel):
     max_change: float = Field(1.0, ge=0, le=1)
     """By how much probabilities may differ from the reference's. A host where those of the golden
     picture differ by more runs the reference."""
+    exact_below: float = Field(0.0, ge=0, le=1)
+    """Confidence, by softmax of the logits as they are, below which a scan is answered once more in
+    float32, and that answer counts."""
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Names of the exported files that it needs."""
+        if self.kind != "openvino":
+            return ()
+        if self.precision != "int8":
+            return EXPORTS
+        return INT8_EXPORTS + (EXPORTS if self.exact_below else ())
 
 
 class MemberInfo(StrictModel):
@@ -236,7 +250,7 @@ def rewrite_bundle(
     Returns:
         The complete info.
     """
-    kept = [path for path in bundle.info.files if not path.endswith(EXPORTS)]
+    kept = [path for path in bundle.info.files if not path.endswith(EXPORTS + INT8_EXPORTS)]
     files = {**{path: bundle.read(path) for path in kept}, **exports}
     return _write(location, info, files, model_card)
 

@@ -8,6 +8,7 @@ import pytest
 
 from bt_core.data.catalog import Dataset
 from bt_core.data.seal import openings
+from bt_core.inference.optimise import name_of
 from bt_core.inference.predictor import Predictor
 from bt_core.models.bundle import Bundle
 from tests.conftest import bt
@@ -40,16 +41,18 @@ def test_the_outcome_is_written_and_the_fastest_accepted_one_runs(chain, fast):
     assert set(found["versions"]) == {"torch", "openvino", "nncf"}
     for member in after.info.members:
         rows = found["members"][member.name]
-        names = [f"{row['kind']} {row['precision']}" for row in rows]
-        assert names == ["torch fp32", "openvino fp32", "openvino bf16", "openvino int8"]
+        names = [row["name"] for row in rows]
+        alone = [name for name in names if "below" not in name]
+        assert alone == ["torch fp32", "openvino fp32", "openvino bf16", "openvino int8"]
         accepted = [row for row in rows if row["accepted"]]
         best = max(accepted, key=lambda row: row["images_per_second"])
-        assert (member.runtime.kind, member.runtime.precision) == (best["kind"], best["precision"])
+        assert name_of(member.runtime) == best["name"] == found["chosen"][member.name]
+        assert member.runtime.exact_below == best["exact_below"]
         assert rows[1]["accepted"], "float32 is float32"
         refused = [row for row in rows if not row["accepted"]]
         assert all(row["why_not"] for row in refused)
-        exported = f"members/{member.name}/openvino.bin" in after.info.files
-        assert exported == (member.runtime.kind == "openvino")
+        exported = {p.split("/")[-1] for p in after.info.files if f"/{member.name}/openv" in p}
+        assert exported == set(member.runtime.exports)
     assert found["ensemble"]["label_flips"] == 0
     assert found["ensemble"]["max_change"] <= 0.0005
     card = (fast / "MODEL_CARD.md").read_text()

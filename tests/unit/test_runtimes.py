@@ -15,16 +15,26 @@ from bt_core.errors import BundleError, UnavailableError
 from bt_core.evaluation.model_card import runtimes_sentence
 from bt_core.inference import openvino_runtime
 from bt_core.inference.openvino_runtime import OpenVINORuntime, export, files_of, quantize
-from bt_core.inference.optimise import Limits, Measured, Scans, choose_runtime, compare, judge
+from bt_core.inference.optimise import (
+    Limits,
+    Measured,
+    Scans,
+    choose_runtime,
+    compare,
+    doubtful_below,
+    judge,
+    name_of,
+)
 from bt_core.inference.predictor import Predictor
 from bt_core.inference.runtime import (
     CompiledRuntime,
     TorchRuntime,
     _cpu_has_bf16,
+    confidence,
     golden_change,
     start,
 )
-from bt_core.models.bundle import Bundle, RuntimeInfo, rewrite_bundle
+from bt_core.models.bundle import INT8_EXPORTS, Bundle, RuntimeInfo, rewrite_bundle
 from bt_core.models.classifier import build_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.spec import HeadSpec, ModelSpec
@@ -69,7 +79,7 @@ def openvino_of(classifier, preprocessor, precision="fp32", batch_size=4):
     if precision == "int8":
         model = quantize(model, scans_of(preprocessor, 12, seed=9), preprocessor)
     info = RuntimeInfo(kind="openvino", precision=precision, batch_size=batch_size)
-    return start(classifier, preprocessor, info, files_of(model))
+    return start(classifier, preprocessor, info, files_of(model, info.exports))
 
 
 def assert_same_alone_and_among_others(runtime, scans):
@@ -257,7 +267,7 @@ def test_openvino_is_not_for_gpus(monkeypatch):
 def test_figures_are_of_tempered_probabilities():
     wanted_NK = np.log([[0.6, 0.4], [0.2, 0.8], [0.7, 0.3], [0.51, 0.49]])
     logits_NK = np.log([[0.6, 0.4], [0.3, 0.7], [0.7, 0.3], [0.49, 0.51]])
-    row = Measured(kind="openvino", precision="bf16", batch_size=4)
+    row = Measured("openvino bf16", 4)
     compare(row, logits_NK, wanted_NK, 1.0, golden=0.0)
     assert row.label_flips == 0.25
     assert row.max_change == pytest.approx(0.1)
@@ -277,9 +287,44 @@ def test_figures_are_of_tempered_probabilities():
     ],
 )
 def test_a_candidate_is_judged_by_both_limits(flips, change, why_not):
-    row = Measured("openvino", "int8", 4, label_flips=flips, max_change=change)
+    row = Measured("openvino int8", 4, label_flips=flips, max_change=change)
     judge(row, Limits())
     assert (row.accepted, row.why_not) == (not why_not, why_not)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_doubtful_answers_are_the_ones_of_float32(precision):
+    classifier, preprocessor = member_of("mobilenet")
+    scans = scans_of(preprocessor, 20)
+    model = export(classifier, preprocessor, 4)
+    files = files_of(model)
+    if precision == "int8":
+        files |= files_of(quantize(model, scans, preprocessor), INT8_EXPORTS)
+    info = RuntimeInfo(kind="openvino", precision=precision)
+    fast = start(classifier, preprocessor, info, files)
+    exact = start(classifier, preprocessor, RuntimeInfo(kind="openvino"), files)
+    sure = float(np.median(confidence(fast.run(scans)[0])))
+    checked = start(classifier, preprocessor, info.model_copy(update={"exact_below": sure}), files)
+    doubtful = confidence(fast.run(scans)[0]) < sure
+    assert 0 < doubtful.sum() < len(scans)
+    for got, quick, right in zip(*(r.run(scans) for r in (checked, fast, exact)), strict=True):
+        np.testing.assert_array_equal(got[doubtful], right[doubtful])
+        np.testing.assert_array_equal(got[~doubtful], quick[~doubtful])
+        assert not np.array_equal(quick[doubtful], right[doubtful])
+    assert_same_alone_and_among_others(checked, scans)
+    assert set(checked.info.exports) == set(files), "it has what it needs, and no more"
+
+
+def test_the_confidence_below_which_float32_answers_is_as_low_as_the_limits_allow():
+    wanted_NK = np.log([[0.99, 0.01], [0.55, 0.45], [0.85, 0.15], [0.2, 0.8]])
+    logits_NK = np.log([[0.985, 0.015], [0.48, 0.52], [0.80, 0.20], [0.2, 0.8]])
+    args = (logits_NK, wanted_NK, 1.0)
+    assert doubtful_below(*args, Limits(max_flips=0, max_change=0.2)) == 0.6
+    assert doubtful_below(*args, Limits(max_flips=0, max_change=0.09)) == 0.9, "half is 0.045"
+    assert doubtful_below(*args, Limits(max_flips=0, max_change=0.002)) == 0.99
+    sure_NK = np.log([[0.999, 0.001], [0.001, 0.999]])
+    none = doubtful_below(sure_NK, sure_NK[::-1], 1.0, Limits())
+    assert none is None, "what is wrong though it is sure cannot be told"
 
 
 def test_int8_is_taken_or_refused_by_its_figures():
@@ -289,8 +334,8 @@ def test_int8_is_taken_or_refused_by_its_figures():
     args = (classifier, preprocessor, 1.0, Scans(compared, ranges))
     strict = choose_runtime(*args, Limits(max_flips=0, max_change=1e-4), kinds)
     assert strict.runtime.precision == "fp32"
-    by_name = {f"{m.kind} {m.precision}": m for m in strict.measured}
-    assert list(by_name) == ["torch fp32", "openvino int8", "openvino fp32"]
+    by_name = {m.name: m for m in strict.measured}
+    assert set(by_name) >= {"torch fp32", "openvino int8", "openvino fp32"}
     refused = by_name["openvino int8"]
     assert "a probability moves by" in refused.why_not
     assert refused.max_change > 1e-4
@@ -298,8 +343,8 @@ def test_int8_is_taken_or_refused_by_its_figures():
     assert all(m.images_per_second > 0 for m in strict.measured)
     loose = choose_runtime(*args, Limits(max_flips=1, max_change=1), kinds)
     assert all(m.accepted for m in loose.measured)
-    rates = {f"{m.kind} {m.precision}": m.images_per_second for m in loose.measured}
-    assert f"{loose.runtime.kind} {loose.runtime.precision}" == max(rates, key=rates.get)
+    rates = {m.name: m.images_per_second for m in loose.measured}
+    assert name_of(loose.runtime) == max(rates, key=rates.get)
 
 
 def test_without_nncf_int8_is_left_out_with_the_reason(monkeypatch):
@@ -396,8 +441,8 @@ def test_the_model_card_says_how_members_run(tmp_path):
     info = make_bundle(tmp_path / "b", sizes=(32,))
     assert "eager PyTorch in float32, the reference" in runtimes_sentence(info)
     rows = [
-        asdict(Measured("torch", "fp32", 4, 50.0)),
-        asdict(Measured("openvino", "bf16", 4, 210.0)),
+        asdict(Measured("torch fp32", 4, images_per_second=50.0)),
+        asdict(Measured("openvino bf16", 4, images_per_second=210.0)),
     ]
     measured = {
         "cpu": "some CPU", "num_scans": 900, "chosen": {"m0": "openvino bf16"},
