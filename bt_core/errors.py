@@ -11,6 +11,7 @@
     │   ├── WeightsError             initial weights that cannot be had
     │   └── BundleError              a bundle that is missing, changed or not understood
     ├── RunError            exit 1   work that started and could not be finished
+    ├── UnavailableError    (a log line) a way to run a classifier that this host lacks
     └── ScanError           (a row)  one scan that cannot be used; carries a reason code
 
 A message says what, which value, and what to do next. It never quotes a DICOM header value or
@@ -117,6 +118,10 @@ REJECTED_REASONS: Final = frozenset(
 )
 """Reasons of status `rejected`: the input is whole, but not one that may be classified.
 Every other scan error is status `failed`: the input could not be read."""
+
+
+class UnavailableError(BtError):
+    """A way to run a classifier that this host lacks; the reference takes its place."""
 
 
 class ScanError(BtError):

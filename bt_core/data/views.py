@@ -29,11 +29,10 @@ def ensure_view(dataset: Dataset, spec: PreprocessSpec) -> str:
     that streaming them in order mixes the classes. Test scans are in no view: they are sealed, and
     scored from their source.
     """
-    name = f"{spec.size_px}px-{spec.pixel_digest[:8]}"
-    location = storage.join(dataset.location, "views", name)
-    if storage.exists(storage.join(location, "view.json")):
+    location, is_there = find_view(dataset, spec)
+    if is_there:
         return location
-    beside = storage.join(dataset.location, "views", f"{name}.{uuid.uuid4().hex[:8]}.tmp")
+    beside = f"{location}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         _write_view(beside, dataset, spec)
     except BaseException:  # an interrupt as well: gigabytes may have been written
@@ -45,6 +44,36 @@ def ensure_view(dataset: Dataset, spec: PreprocessSpec) -> str:
     storage.remove_dir(location)
     storage.move_dir(beside, location)
     return location
+
+
+def find_view(dataset: Dataset, spec: PreprocessSpec) -> tuple[str, bool]:
+    """Return the folder of a dataset's pixel shards for a spec, and whether it is there."""
+    name = f"{spec.size_px}px-{spec.pixel_digest[:8]}"
+    location = storage.join(dataset.location, "views", name)
+    return location, storage.exists(storage.join(location, "view.json"))
+
+
+def read_pixels(view: str, split: str, most: int) -> np.ndarray:
+    """Return pixels_NSS uint8 of the first scans of a split, whose order is random; without Ray.
+
+    Args:
+        view: its folder.
+        split: train or validation.
+        most: number of scans, or fewer where there are fewer.
+
+    Raises:
+        SealedError: for the test split.
+    """
+    refuse_test(split, "pixels")
+    folder = storage.join(view, f"split={split}")
+    side = storage.read_json(storage.join(view, "view.json"))["preprocess"]["size_px"]
+    parts: list[np.ndarray] = []
+    for name in storage.list_files(folder, ".parquet"):
+        if sum(map(len, parts)) >= most:
+            break
+        column = storage.read_table(storage.join(folder, name), columns=["pixels"])["pixels"]
+        parts += [np.reshape(p.as_py(), (1, side, side)).astype(np.uint8) for p in column]
+    return np.concatenate(parts)[:most]
 
 
 def _write_view(location: str, dataset: Dataset, spec: PreprocessSpec) -> None:

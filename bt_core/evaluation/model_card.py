@@ -23,6 +23,7 @@ on patients, other organs, other modalities, whole volumes.
 - Members: {members}
 - {review}
 - {cascade}
+- {runtimes}
 - Conformal prediction sets were set to hold each class in {level:.0%} of its scans of new families.
   {healthy}
   Both were set on validation scans that also chose the epoch.
@@ -82,6 +83,7 @@ def model_card(
         members=members,
         review=review_sentence(info.review),
         cascade=cascade_sentence(info),
+        runtimes=runtimes_sentence(info),
         level=info.review.conformal_level,
         healthy=healthy_sentence(info.review),
         dataset_digest=info.provenance["dataset_digest"][:16],
@@ -116,6 +118,25 @@ def cascade_sentence(info: BundleInfo) -> str:
         f"validation scans alone; {cascade.agreement:.2%} of all answers are the ensemble's "
         f"({cascade.agreement_by_family:.2%} one per family; {1 - cascade.max_disagreement:.1%} "
         "of new families' are to be, in expectation)."
+    )
+
+
+def runtimes_sentence(info: BundleInfo) -> str:
+    """Return how the members run, and how far that is from the reference."""
+    measured = info.provenance.get("runtimes")
+    if measured is None:
+        return "All members run as eager PyTorch in float32, the reference."
+    rates = []
+    for name, chosen in measured["chosen"].items():
+        of = {row["name"]: row for row in measured["members"][name]}
+        faster = of[chosen]["images_per_second"] / of["torch fp32"]["images_per_second"]
+        rates.append(f"{name} as {chosen} ({faster:.1f} times the reference's rate)")
+    return (
+        f"On a CPU like {measured['cpu']} members run: {'; '.join(rates)}. Of the ensemble's "
+        f"labels on {measured['num_scans']} validation scans "
+        f"{measured['ensemble']['label_flips']:.2%} differ from eager PyTorch's in float32, the "
+        f"reference, and probabilities by at most {measured['ensemble']['max_change']:.4f}. "
+        "A host that cannot run a member so runs the reference."
     )
 
 

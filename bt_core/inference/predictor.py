@@ -23,8 +23,8 @@ class Predictor:
     Args:
         bundle: a verified bundle; a member that turns out not to load is left out of it.
         device: `cpu` or `cuda`.
-        num_threads: torch threads of this process on the CPU; other numbers than one change the
-            last bits of the answers.
+        num_threads: threads of this process on the CPU, torch's and OpenVINO's; other numbers than
+            one change the last bits of the answers.
 
     Raises:
         BundleError: if fewer members than the quorum load: their weights do not fit, or this host
@@ -47,6 +47,12 @@ class Predictor:
         for name, why in bundle.unusable.items():
             logger.warning("member %s does not answer: %s", name, why)
         self.specs, self.spec_of = distinct_specs([m.preprocess for m in self.members])
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Members that run as the reference instead of as the bundle asks, with the reason."""
+        members = zip(self.members, self.runtimes, strict=True)
+        return {m.name: runtime.fallback for m, runtime in members if runtime.fallback}
 
     def _load(self, bundle: Bundle, member: MemberInfo) -> None:
         preprocessor = Preprocessor(member.preprocess)

@@ -1,20 +1,32 @@
 """Ways to run one classifier, from stored pixels to logits. Torch in float32 is the reference.
 
-Shape suffixes: B batch, C channels, S side, K classes, D features.
+Shape suffixes: B batch, C channels, S side, K classes, D features, N scans.
 """
 
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Final, Protocol
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from torch import nn
 
+from bt_core.errors import UnavailableError
+from bt_core.log import logger
 from bt_core.models.bundle import Bundle, MemberInfo, RuntimeInfo
 from bt_core.models.classifier import Classifier
 from bt_core.models.inputs import Preprocessor
+from bt_core.scans.preprocess import PreprocessSpec, golden_image, preprocess_pixels
 
 MOST_FEATURES: Final = 2048
 """Wider features are means over neighbours."""
+_CUDA_BATCH: Final = 64
+"""Scans of a CUDA graph, whose shapes are fixed."""
+
+Answer = tuple[np.ndarray, np.ndarray]
+"""logits_BK and features_BD, float32."""
 
 
 class Runtime(Protocol):
@@ -22,8 +34,10 @@ class Runtime(Protocol):
 
     info: RuntimeInfo
     """What runs, which is the reference where the host lacks what the bundle asks for."""
+    fallback: str
+    """Why it is the reference, where the bundle asks for something else; else empty."""
 
-    def run(self, pixels_BSS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def run(self, pixels_BSS: np.ndarray) -> Answer:
         """Return logits_BK and features_BD, what the head is given, float32, of pixels uint8.
 
         The same picture gives the same answer, to the last bit, alone or among others.
@@ -44,7 +58,10 @@ class PixelsToLogits(nn.Module):
 
     def forward(self, pixels_BSS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits and features."""
-        images_BCSS = self.preprocessor.normalize(self.preprocessor.to_unit(pixels_BSS))
+        return self.answer(self.preprocessor.normalize(self.preprocessor.to_unit(pixels_BSS)))
+
+    def answer(self, images_BCSS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits and features of a model's input."""
         logits_BK, features_BD = self.classifier.forward_with_features(images_BCSS)
         if features_BD.shape[1] > MOST_FEATURES:
             pooled = nn.functional.adaptive_avg_pool1d(features_BD[:, None], MOST_FEATURES)
@@ -63,30 +80,132 @@ class TorchRuntime:
             threads, hence one), so this makes a scan's answer the same alone or among others. Four
             is also the fastest: activations stay in the cache. MobileNetV2 at 128 px on one thread
             gave 217 images/s with 4 and 139 with 64.
+        fallback: as in `Runtime`.
     """
 
     def __init__(
-        self, classifier: Classifier, preprocessor: Preprocessor, batch_size: int = 4
+        self,
+        classifier: Classifier,
+        preprocessor: Preprocessor,
+        batch_size: int = 4,
+        fallback: str = "",
     ) -> None:
         self.info = RuntimeInfo(batch_size=batch_size)
+        self.fallback = fallback
         self._graph = PixelsToLogits(classifier, preprocessor)
         self._device = next(classifier.parameters()).device
 
     @torch.inference_mode()
-    def run(self, pixels_BSS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def run(self, pixels_BSS: np.ndarray) -> Answer:
         """Return logits and features, as `Runtime` says."""
-        num, step = len(pixels_BSS), max(1, len(pixels_BSS))
         if self._device.type == "cpu":
-            step = self.info.batch_size
-            pixels_BSS = np.pad(pixels_BSS, ((0, -num % step), (0, 0), (0, 0)))
-        pixels = torch.from_numpy(np.array(pixels_BSS, dtype=np.uint8))
-        parts = [
-            self._graph(pixels[i : i + step].to(self._device)) for i in range(0, len(pixels), step)
-        ]
-        logits_BK, features_BD = (
-            torch.cat(own).cpu().numpy()[:num] for own in zip(*parts, strict=True)
+            return in_batches(pixels_BSS, self.info.batch_size, self._forward)
+        return self._forward(np.array(pixels_BSS, np.uint8))
+
+    def _forward(self, pixels_BSS: np.ndarray) -> Answer:
+        logits_BK, features_BD = self._graph(torch.from_numpy(pixels_BSS).to(self._device))
+        return logits_BK.cpu().numpy(), features_BD.cpu().numpy()
+
+
+class CompiledRuntime:
+    """PyTorch compiled to kernels of this host's own; CUDA graphs on GPUs.
+
+    The host needs a C++ compiler (for a GPU, Triton). Compiling takes from ten seconds to minutes
+    the first time; later processes of this host find the kernels in torch's cache.
+
+    Args:
+        classifier: on its device, in evaluation mode.
+        preprocessor: the member's.
+        info: `precision` fp32 or bf16, by autocast.
+
+    Raises:
+        UnavailableError: if it cannot be compiled here, or the CPU has no bf16 instructions.
+    """
+
+    def __init__(
+        self, classifier: Classifier, preprocessor: Preprocessor, info: RuntimeInfo
+    ) -> None:
+        self.info = info
+        self.fallback = ""
+        self._device = next(classifier.parameters()).device
+        on_cpu = self._device.type == "cpu"
+        if info.precision == "bf16" and on_cpu and not _cpu_has_bf16():
+            raise UnavailableError("this CPU has no bf16 instructions")
+        self._size = info.batch_size if on_cpu else _CUDA_BATCH
+        self._graph = torch.compile(
+            PixelsToLogits(classifier, preprocessor),
+            fullgraph=True,
+            dynamic=False,
+            mode=None if on_cpu else "reduce-overhead",
+            options={"freezing": True} if on_cpu else None,
         )
+        # A CUDA graph belongs to the thread that recorded it.
+        self._thread = None if on_cpu else ThreadPoolExecutor(1)
+        black_BSS = np.zeros((self._size, *[preprocessor.spec.size_px] * 2), np.uint8)
+        try:
+            with torch._inductor.config.patch(compile_threads=torch.get_num_threads()):
+                for _ in range(1 if on_cpu else 3):  # to warm up, to record, to replay
+                    self.run(black_BSS)
+        except Exception as error:  # whatever a compiler raises
+            raise UnavailableError(f"torch.compile: {_first_line(error)}") from error
+
+    def run(self, pixels_BSS: np.ndarray) -> Answer:
+        """Return logits and features, as `Runtime` says."""
+        if self._thread is None:
+            return in_batches(pixels_BSS, self._size, self._forward)
+        return self._thread.submit(in_batches, pixels_BSS, self._size, self._forward).result()
+
+    @torch.inference_mode()
+    def _forward(self, pixels_BSS: np.ndarray) -> Answer:
+        is_half = self.info.precision == "bf16"
+        precision = torch.autocast(self._device.type, torch.bfloat16) if is_half else nullcontext()
+        with precision:
+            logits_BK, features_BD = self._graph(torch.from_numpy(pixels_BSS).to(self._device))
+        # A copy: the next replay of a CUDA graph writes over what this one gave.
+        return logits_BK.cpu().numpy().copy(), features_BD.cpu().numpy().copy()
+
+
+class CheckedRuntime:
+    """A fast runtime whose doubtful answers are given once more in float32.
+
+    Lower precision moves the probabilities of doubtful scans only: those of sure ones are close to
+    0 and 1, where the softmax is flat.
+
+    Args:
+        fast: of lower precision.
+        exact: in float32.
+        info: has `exact_below`, the confidence that makes an answer doubtful.
+    """
+
+    def __init__(self, fast: Runtime, exact: Runtime, info: RuntimeInfo) -> None:
+        self.info = info
+        self.fallback = ""
+        self._fast, self._exact = fast, exact
+
+    def run(self, pixels_BSS: np.ndarray) -> Answer:
+        """Return logits and features, as `Runtime` says."""
+        logits_BK, features_BD = self._fast.run(pixels_BSS)
+        doubtful_B = confidence(logits_BK) < self.info.exact_below
+        if doubtful_B.any():
+            logits_BK[doubtful_B], features_BD[doubtful_B] = self._exact.run(pixels_BSS[doubtful_B])
         return logits_BK, features_BD
+
+
+def confidence(logits_BK: np.ndarray) -> np.ndarray:
+    """Return the largest probability of each scan, confidence_B, without a temperature."""
+    largest_B: np.ndarray = softmax(np.float64(logits_BK), axis=1).max(1)
+    return largest_B
+
+
+def in_batches(
+    pixels_BSS: np.ndarray, size: int, forward: Callable[[np.ndarray], Answer]
+) -> Answer:
+    """Return the answers of a function that takes `size` pictures, filled up with black."""
+    num = len(pixels_BSS)
+    filled = np.pad(pixels_BSS, ((0, -num % size if num else size), (0, 0), (0, 0)))
+    parts = [forward(filled[i : i + size]) for i in range(0, len(filled), size)]
+    logits_BK, features_BD = (np.concatenate(own)[:num] for own in zip(*parts, strict=True))
+    return logits_BK, features_BD
 
 
 def load_runtime(
@@ -95,7 +214,7 @@ def load_runtime(
     classifier: Classifier,
     preprocessor: Preprocessor,
 ) -> Runtime:
-    """Return the runtime that the bundle chose for a member, or the reference.
+    """Return the runtime that the bundle chose for a member, or the reference, and say so.
 
     Args:
         bundle: holds exported files.
@@ -103,4 +222,82 @@ def load_runtime(
         classifier: the member's, on its device.
         preprocessor: the member's.
     """
-    return TorchRuntime(classifier, preprocessor)
+    wanted = member.runtime
+    if wanted.kind == "torch":
+        return TorchRuntime(classifier, preprocessor, wanted.batch_size)
+    reference = TorchRuntime(classifier, preprocessor)
+    try:
+        files = {n: bundle.read(f"members/{member.name}/{n}") for n in wanted.exports}
+        runtime = start(classifier, preprocessor, wanted, files)
+        change = golden_change(runtime, reference, preprocessor.spec, member.temperature)
+        if change > wanted.max_change:
+            raise UnavailableError(
+                f"on this host a probability of the golden picture is {change:.3f} from the "
+                f"reference's; {wanted.max_change:g} is allowed"
+            )
+    except UnavailableError as error:
+        logger.warning(
+            "member %s runs as torch fp32 instead of %s %s: %s",
+            member.name, wanted.kind, wanted.precision, error,
+        )  # fmt: skip
+        reference.fallback = str(error)
+        return reference
+    return runtime
+
+
+def start(
+    classifier: Classifier,
+    preprocessor: Preprocessor,
+    info: RuntimeInfo,
+    files: Mapping[str, bytes],
+) -> Runtime:
+    """Return a runtime other than the reference, with as many threads as torch has.
+
+    Args:
+        classifier: on its device, in evaluation mode.
+        preprocessor: the member's.
+        info: what to start.
+        files: content of its `exports`, by name.
+
+    Raises:
+        UnavailableError: if this host cannot run it.
+    """
+    if info.exact_below:
+        alone = info.model_copy(update={"exact_below": 0.0})
+        fast = start(classifier, preprocessor, alone, files)
+        exact: Runtime = TorchRuntime(classifier, preprocessor, info.batch_size)
+        if info.kind == "openvino":
+            whole = alone.model_copy(update={"precision": "fp32"})
+            exact = start(classifier, preprocessor, whole, files)
+        return CheckedRuntime(fast, exact, info)
+    if info.kind == "compiled":
+        return CompiledRuntime(classifier, preprocessor, info)
+    from bt_core.inference.openvino_runtime import OpenVINORuntime
+
+    device = next(classifier.parameters()).device.type
+    if device != "cpu":
+        raise UnavailableError(f"OpenVINO runs on the CPU, and the members are on {device}")
+    return OpenVINORuntime(files, preprocessor, info, torch.get_num_threads())
+
+
+def golden_change(
+    runtime: Runtime, reference: Runtime, spec: PreprocessSpec, temperature: float
+) -> float:
+    """Return the largest difference between the probabilities of two runtimes, in [0, 1].
+
+    Of the golden picture in four positions; 1 if either gives what is no number.
+    """
+    image_SS = preprocess_pixels(golden_image(), spec)
+    golden_BSS = np.stack([np.rot90(image_SS, turns) for turns in range(4)])
+    one, other = (softmax(r.run(golden_BSS)[0] / temperature, 1) for r in (runtime, reference))
+    return float(np.nan_to_num(np.abs(one - other), nan=1.0).max())
+
+
+def _cpu_has_bf16() -> bool:
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -5,11 +5,13 @@
     bundle.json                      BundleInfo; its bundle_id covers all that decides an answer
     members/<name>/config.json       the resolved ModelSpec and PreprocessSpec
     members/<name>/model.safetensors
+    members/<name>/openvino*.{xml,bin}  the member as a graph, where bt optimise chose OpenVINO
     training_index.safetensors       which pixels were trained on
     MODEL_CARD.md                    for people; gets the test figures when it is evaluated
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
 import numpy as np
 import safetensors.numpy
@@ -28,6 +30,10 @@ from bt_core.scans.preprocess import PreprocessSpec
 
 FORMAT_VERSION = 2
 INDEX_FILE = "training_index.safetensors"
+EXPORTS: Final = ("openvino.xml", "openvino.bin")
+"""Names of a member's exported graph and weights, for fp32 and bf16."""
+INT8_EXPORTS: Final = ("openvino_int8.xml", "openvino_int8.bin")
+"""Those of the one in int8."""
 
 
 class RuntimeInfo(StrictModel):
@@ -37,6 +43,21 @@ class RuntimeInfo(StrictModel):
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
     batch_size: int = Field(4, ge=1)
     """Scans of each forward pass on a CPU."""
+    max_change: float = Field(1.0, ge=0, le=1)
+    """By how much probabilities may differ from the reference's. A host where those of the golden
+    picture differ by more runs the reference."""
+    exact_below: float = Field(0.0, ge=0, le=1)
+    """Confidence, by softmax of the logits as they are, below which a scan is answered once more in
+    float32, and that answer counts."""
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Names of the exported files that it needs."""
+        if self.kind != "openvino":
+            return ()
+        if self.precision != "int8":
+            return EXPORTS
+        return INT8_EXPORTS + (EXPORTS if self.exact_below else ())
 
 
 class MemberInfo(StrictModel):
@@ -167,7 +188,7 @@ class Bundle:
         return tuple(m for m in self.info.members if m.name not in self.unusable)
 
     def _check(self, path: str, digest: str) -> None:
-        if storage.sha256(self._read(path)) != digest:
+        if storage.sha256(self.read(path)) != digest:
             raise BundleError(
                 f"{self.location}: {path} differs from its digest in bundle.json; it was changed "
                 "or damaged: copy it again, or build it again with bt ensemble"
@@ -184,7 +205,7 @@ class Bundle:
             member.model, member.preprocess, self.info.label_space.num_classes
         )
         try:
-            classifier.load_state_dict(safetensors.torch.load(self._read(path)))
+            classifier.load_state_dict(safetensors.torch.load(self.read(path)))
         except (SafetensorError, RuntimeError) as error:
             raise BundleError(
                 f"{self.location}: {path} does not fit its config: {error}"
@@ -193,10 +214,15 @@ class Bundle:
 
     def training_index(self) -> frozenset[int]:
         """Return the index keys (see `index_key`) of all scans that were trained on."""
-        keys = safetensors.numpy.load(self._read(INDEX_FILE))["keys"]
+        keys = safetensors.numpy.load(self.read(INDEX_FILE))["keys"]
         return frozenset(keys.tolist())
 
-    def _read(self, path: str) -> bytes:
+    def read(self, path: str) -> bytes:
+        """Return the content of one of the bundle's files.
+
+        Raises:
+            BundleError: if it is missing.
+        """
         try:
             return storage.read_bytes(storage.join(self.location, path))
         except FileNotFoundError as error:
@@ -210,7 +236,7 @@ class Bundle:
         if not storage.is_dir(self.location):
             raise BundleError(f"{self.location} is not a bundle folder; make one with bt ensemble")
         try:
-            content = storage.loads_json(self._read("bundle.json"))
+            content = storage.loads_json(self.read("bundle.json"))
             version = content.get("format_version")
             if version == FORMAT_VERSION:
                 info = parse(BundleInfo, content, where)
@@ -264,6 +290,36 @@ def write_bundle(
         config = member.model_dump(mode="json", include={"model", "preprocess", "golden_digest"})
         files[f"members/{member.name}/model.safetensors"] = safetensors.torch.save(tensors)
         files[f"members/{member.name}/config.json"] = storage.dumps_json(config)
+    return _write(location, info, files, model_card)
+
+
+def rewrite_bundle(
+    location: str,
+    bundle: Bundle,
+    info: BundleInfo,
+    exports: Mapping[str, bytes],
+    model_card: str,
+) -> BundleInfo:
+    """Write a bundle with the weights of another one and exports of its own.
+
+    Args:
+        location: a free folder name.
+        bundle: gives the weights, configs and training index; its exports stay behind.
+        info: as for `write_bundle`, of the same members.
+        exports: content by path inside the bundle.
+        model_card: Markdown.
+
+    Returns:
+        The complete info.
+    """
+    kept = [path for path in bundle.info.files if not path.endswith(EXPORTS + INT8_EXPORTS)]
+    files = {**{path: bundle.read(path) for path in kept}, **exports}
+    return _write(location, info, files, model_card)
+
+
+def _write(
+    location: str, info: BundleInfo, files: Mapping[str, bytes], model_card: str
+) -> BundleInfo:
     info = info.model_copy(update={"files": {p: storage.sha256(c) for p, c in files.items()}})
     info = info.model_copy(update={"bundle_id": info.digest()})
     beside = f"{storage.absolute(location)}.tmp"

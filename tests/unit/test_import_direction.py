@@ -29,6 +29,8 @@ ONLY_IN = {
     "cv2": ("bt_core/scans/", "jobs/baselines.py"),
     "timm": ("bt_core/models/backbones.py",),
     "fastapi": ("serve/",),
+    "openvino": ("bt_core/inference/openvino_runtime.py",),
+    "nncf": ("bt_core/inference/openvino_runtime.py",),
     "ray": (
         "bt_core/data/guard.py",
         "bt_core/data/pipeline.py",
