@@ -41,7 +41,7 @@ _MAX_REST: Final = 0.25
 _MAX_ASPECT: Final = 2.3
 _MIN_COLOUR_PICTURE: Final = 0.25
 _MIN_COLOUR_OVERLAY: Final = 0.0005
-_MIN_LETTERS: Final = 10
+_MIN_LETTERS: Final = 8
 """On the dark ground: single letters that name a side are common, and harmless."""
 _MIN_PAGE: Final = 160
 """Anywhere: of 5,966 scans the one with most had 135; pages of text have 400 and more."""
@@ -174,7 +174,7 @@ def count_letters(image_HW: np.ndarray, shapes_HW: np.ndarray) -> tuple[int, int
     thick_HW = cv2.morphologyEx(shapes_HW, cv2.MORPH_OPEN, np.ones((7, 7), np.uint8))
     for outline in cv2.findContours(thick_HW, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]:
         cv2.fillConvexPoly(thick_HW, cv2.convexHull(outline), 1)
-    thick_HW = cv2.dilate(thick_HW, np.ones((5, 5), np.uint8))
+    thick_HW = cv2.dilate(thick_HW, np.ones((13, 13), np.uint8))  # the scalp around a brain
     thick_HW = cv2.resize(thick_HW, (width, height), interpolation=cv2.INTER_NEAREST)
     thin_HW = cv2.morphologyEx(image_HW, cv2.MORPH_TOPHAT, np.ones((9, 9), np.uint8))
     _, marks_HW = cv2.threshold(thin_HW, _MIN_INK, 1, cv2.THRESH_BINARY)
