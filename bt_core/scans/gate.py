@@ -5,6 +5,11 @@ rejected; what shows one with something odd is answered, and deferred to a perso
 pixels alone and lets through what only looks like a head (a CT of one, a bright disc): such scans
 are for `ensemble.far`. Text that lies on the head itself is not found.
 
+Measured on 5,966 public scans of 224 px: 0.1 % rejected (6: framed in white, cut at the crown, or a
+brain as dark as the ground), 1.2 % deferred (39 for text, of which by eye a third has none; 32 for
+coloured banners). Of the same scans inverted 99.9 % are rejected; with a name of two lines burnt in
+88 % are deferred.
+
 Array names: H height, W width, of the picture or its reduced copy.
 """
 
