@@ -99,6 +99,7 @@ REASONS: Final[dict[str, str]] = {
     "low_resolution": "the head is shown in few pixels",
     "odd_shape": "the head is shown far longer than wide: it may be stretched, or no head",
     "burnt_in_text": "text stands beside the head, or the file says that it holds some",
+    "far_from_training": "the picture is unlike those that the models were trained on",
     "low_confidence": "the calibrated confidence is below the review threshold",
 }
 """Every reason code with its meaning in words; a closed list, so that users can rely on it."""
