@@ -92,6 +92,15 @@ REASONS: Final[dict[str, str]] = {
     "label_conflict": "copies of the picture stand under different classes",
     "dropped": "a person decided in the docket to leave the scan out",
     "one_of_many_frames": "the answer is for one slice of several; a person should see the others",
+    "almost_blank": "the picture shows next to nothing",
+    "colour_picture": "the picture is in colour; give the grey scan",
+    "inverted_contrast": "the ground around the head is bright: the picture is inverted, or framed",
+    "not_a_head": "the picture does not show one head on a dark ground",
+    "colour_overlay": "something coloured is drawn on the scan",
+    "low_resolution": "the head is shown in few pixels",
+    "odd_shape": "the head is shown far longer than wide: it may be stretched, or no head",
+    "burnt_in_text": "text stands beside the head, or the file says that it holds some",
+    "far_from_training": "the picture is unlike those that the models were trained on",
     "low_confidence": "the calibrated confidence is below the review threshold",
     "several_classes": "the prediction set holds more than one class",
     "tumor_not_excluded": "no tumour is likeliest, but not likely enough to be called certain",
@@ -114,6 +123,10 @@ REJECTED_REASONS: Final = frozenset(
         "unsupported_member",
         "archive_method_unsupported",
         "nested_archive",
+        "almost_blank",
+        "colour_picture",
+        "inverted_contrast",
+        "not_a_head",
     }
 )
 """Reasons of status `rejected`: the input is whole, but not one that may be classified.

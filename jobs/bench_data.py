@@ -123,8 +123,8 @@ def _phantoms(start: int, stop: int, size_px: int) -> list[tuple[str, bytes]]:
 
 
 def _turned_phantoms(turns: int, start: int, stop: int, size_px: int) -> list[tuple[str, bytes]]:
-    from bt_core.data.thumbnails import transformed
     from bt_core.scans.phantom import encode_picture, phantom_slice
+    from bt_core.scans.thumbnails import transformed
 
     members = []
     for i in range(start, stop):

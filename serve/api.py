@@ -115,7 +115,7 @@ class Gateway:
         """Classify one scan, sent as the multipart field `files` or as the raw body."""
         content, hint = await _read_scan(request)
         try:
-            pixels, pixel_sha256, frame = await self._decoder.decode(content, hint)
+            pixels, pixel_sha256, frame, _ = await self._decoder.decode(content, hint)
         except ScanError as error:
             return problem(HTTP_OF_REASON[error.reason], error.reason, str(error))
         try:

@@ -13,13 +13,15 @@ from bt_core.data.decode_stage import bounded, pixel_digest
 from bt_core.errors import ScanError
 from bt_core.scans.decoded import MAX_DECODE_BYTES
 from bt_core.scans.formats import decode_scan
+from bt_core.scans.gate import gate
 from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels
 
 MAX_SECONDS: Final = 20.0
 """An upload that takes longer to decode is refused; below Serve's time-out of a request."""
 
-Decoded = tuple[list[np.ndarray], str, tuple[int, int]]
-"""Pixels_SS uint8 for each spec, the pixel digest, and which frame of how many."""
+Decoded = tuple[list[np.ndarray], str, tuple[int, int], str]
+"""Pixels_SS uint8 for each spec, the pixel digest, which frame of how many, and what the input gate
+says (see `scans.gate`)."""
 
 
 def decode_upload(content: bytes, hint: str, specs: Sequence[PreprocessSpec]) -> Decoded:
@@ -30,7 +32,8 @@ def decode_upload(content: bytes, hint: str, specs: Sequence[PreprocessSpec]) ->
     """
     scan = decode_scan(content, hint)
     pixels = [preprocess_pixels(scan.image_HW, spec) for spec in specs]
-    return pixels, pixel_digest(scan.image_HW), (scan.frame_index, scan.num_frames)
+    frame = scan.frame_index, scan.num_frames
+    return pixels, pixel_digest(scan.image_HW), frame, gate(scan)
 
 
 class UploadDecoder:

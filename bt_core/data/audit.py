@@ -12,10 +12,10 @@ from PIL import Image
 from bt_core.data.copies import pictures_of
 from bt_core.data.families import Pairs
 from bt_core.data.page import render
-from bt_core.data.thumbnails import TRANSFORMS, transformed
 from bt_core.errors import REASONS
 from bt_core.scans.decoded import BURNED_IN
 from bt_core.scans.preprocess import PreprocessSpec
+from bt_core.scans.thumbnails import TRANSFORMS, transformed
 
 PICTURE: Final = PreprocessSpec(size_px=160, fit="pad")
 """How scans are shown in pairs."""

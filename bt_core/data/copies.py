@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from bt_core import storage
 from bt_core.data.families import Pairs, join_components
-from bt_core.data.thumbnails import TRANSFORMS
 from bt_core.errors import UsageError
 from bt_core.labels import LabelSpace, class_of_folder, to_task
 from bt_core.scans.scan_lists import csv_rows
+from bt_core.scans.thumbnails import TRANSFORMS
 
 DROP: Final = "drop"
 _DOCKET_COLUMNS: Final = ("conflict", "scan_id", "member", "label", "decision")

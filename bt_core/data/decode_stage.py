@@ -19,6 +19,7 @@ from bt_core.errors import ScanError
 from bt_core.scans.archives import ScanRef, read_member
 from bt_core.scans.decoded import MAX_DECODE_BYTES
 from bt_core.scans.formats import decode_scan
+from bt_core.scans.gate import gate
 from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels
 
 REF_COLUMNS = ("scan_id", "uri", "member", "position")
@@ -36,9 +37,9 @@ class DecodeStage:
     Added columns: content_sha256, pixel_sha256 (of the decoded grey image, before preprocessing),
     format, width, height, channels (of the file, alpha counted), num_bytes, bit_depth, steps (what
     was done to decode it), num_frames and frame_index (the slice that was taken), patient (keyed
-    hash, or empty), reason (empty when decoded), detail, and `pixels_<i>` uint8 (S, S) for the i-th
-    spec, all zero where `reason` is not empty. Other columns pass through; a patient that is known
-    already is kept.
+    hash, or empty), reason (empty when decoded), detail, gate (what `scans.gate` says of a decoded
+    scan, or empty), and `pixels_<i>` uint8 (S, S) for the i-th spec, all zero where `reason` is not
+    empty. Other columns pass through; a patient that is known already is kept.
     A scan is read from its source, unless the column `CONTENT` already holds it.
 
     Args:
@@ -83,6 +84,7 @@ class DecodeStage:
             "num_frames": scan.num_frames,
             "frame_index": scan.frame_index,
             "patient": result["patient"] or scan.patient,
+            "gate": gate(scan),
         }
         for i, spec in enumerate(self.specs):
             result[f"pixels_{i}"] = preprocess_pixels(scan.image_HW, spec)
@@ -93,7 +95,7 @@ class DecodeStage:
         blank: dict[str, Any] = {"content_sha256": "", "pixel_sha256": "", "format": ""}
         blank |= {"width": 0, "height": 0, "bit_depth": 0, "channels": 0, "num_bytes": 0}
         blank |= {"num_frames": 0, "frame_index": 0, "steps": "", "reason": reason}
-        blank |= {"detail": detail, "patient": row.get("patient", "")}
+        blank |= {"gate": "", "detail": detail, "patient": row.get("patient", "")}
         for i, spec in enumerate(self.specs):
             blank[f"pixels_{i}"] = np.zeros((spec.size_px, spec.size_px), np.uint8)
         return {**{k: v for k, v in row.items() if k != CONTENT}, **blank}

@@ -21,7 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from bt_core.data.decode_stage import Columns, DecodeStage
-from bt_core.data.thumbnails import (
+from bt_core.scans.thumbnails import (
     SPECTRUM_LENGTH,
     THUMBNAIL,
     correlations,

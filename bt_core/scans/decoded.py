@@ -34,6 +34,8 @@ class DecodedScan:
         frame_index: which of them this is, from 0: the middle one, `num_frames // 2`.
         patient: keyed hash of the DICOM PatientID; empty without one, without a key, and for
             placeholders that stand for many (`identity.is_placeholder`).
+        coloured: share of the pixels, before they became grey, that showed a colour
+            (`intensity.coloured_share`), in [0, 1].
     """
 
     image_HW: np.ndarray
@@ -43,6 +45,7 @@ class DecodedScan:
     num_frames: int = 1
     frame_index: int = 0
     patient: str = ""
+    coloured: float = 0.0
 
 
 def check_size(width: int, height: int) -> None:

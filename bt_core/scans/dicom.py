@@ -89,7 +89,7 @@ def decode(content: bytes, hash_key: bytes | None = None) -> DecodedScan:
         num_frames = _check_header(dataset)
         index = num_frames // 2
         stored, photometric = decode_frame(dataset, index, num_frames)
-        image_HW, steps = render(dataset, index, stored, photometric)
+        image_HW, steps, coloured = render(dataset, index, stored, photometric)
         patient = str(dataset.get("PatientID") or "").strip()
         if num_frames > 1:
             steps.insert(0, f"frame {index + 1} of {num_frames}")
@@ -105,6 +105,7 @@ def decode(content: bytes, hash_key: bytes | None = None) -> DecodedScan:
             num_frames,
             index,
             patient_hash(patient, hash_key),
+            coloured,
         )
 
 

@@ -6,15 +6,15 @@ from pydicom.pixels import apply_color_lut, apply_modality_lut
 
 from bt_core.errors import ScanError
 from bt_core.scans.decoded import square_pixels
-from bt_core.scans.intensity import colour_to_uint8, scale_by_percentiles, to_uint8
+from bt_core.scans.intensity import colour_to_uint8, coloured_share, scale_by_percentiles, to_uint8
 
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 
 
 def render(
     dataset: pydicom.Dataset, index: int, stored: np.ndarray, photometric: str
-) -> tuple[np.ndarray, list[str]]:
-    """Return the displayed image_HW uint8 of one frame, and the steps that were applied.
+) -> tuple[np.ndarray, list[str], float]:
+    """Return one frame as displayed image_HW uint8, the steps, and the share of coloured pixels.
 
     Grey: modality LUT or rescale, then the VOI LUT or the first window (percentiles without one
     or if it has no width), then MONOCHROME1 is inverted; padding pixels are left out of the
@@ -31,11 +31,14 @@ def render(
     Raises:
         ScanError: `unsupported_type` for other photometric interpretations, `corrupt_image`.
     """
+    coloured = 0.0
     if photometric == "PALETTE COLOR" and stored.ndim == 2:
-        image_HW, steps = _palette(stored, dataset), ["palette to grey"]
+        image_HW, coloured = _palette(stored, dataset)
+        steps = ["palette to grey"]
     elif photometric == "RGB" and stored.ndim == 3:
         full = 2.0 ** int(dataset.get("BitsStored", stored.dtype.itemsize * 8)) - 1
         image_HW, steps = colour_to_uint8(stored, full), ["colour to grey"]
+        coloured = coloured_share(stored, full)
     elif photometric in _GREY and stored.ndim == 2:
         image_HW, steps = _grey(dataset, index, stored, photometric)
     else:
@@ -43,7 +46,7 @@ def render(
     squared = square_pixels(image_HW, _spacing(dataset, index))
     if squared is not image_HW:
         steps.append("resized to square pixels")
-    return squared, steps
+    return squared, steps, coloured
 
 
 def _grey(
@@ -118,7 +121,7 @@ def _padding(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray | None:
     return padding if padding.any() else None
 
 
-def _palette(stored: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
+def _palette(stored: np.ndarray, dataset: pydicom.Dataset) -> tuple[np.ndarray, float]:
     if "SegmentedRedPaletteColorLookupTableData" in dataset:
         raise ScanError("unsupported_type", "segmented palette")
     if stored.dtype.itemsize > 2:
@@ -126,9 +129,10 @@ def _palette(stored: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
     bits = int(dataset.RedPaletteColorLookupTableDescriptor[2])
     low = int(stored.min())
     used = np.arange(low, int(stored.max()) + 1, dtype=stored.dtype)
-    table = colour_to_uint8(apply_color_lut(used, dataset), 2.0**bits - 1)
-    image_HW: np.ndarray = table[stored.astype(np.int32) - low]
-    return image_HW
+    colours, full = apply_color_lut(used, dataset), 2.0**bits - 1
+    index_HW = stored.astype(np.int32) - low
+    image_HW: np.ndarray = colour_to_uint8(colours, full)[index_HW]
+    return image_HW, coloured_share(to_uint8(colours, 0.0, full)[index_HW])
 
 
 def _look_up(values: np.ndarray, item: pydicom.Dataset) -> np.ndarray:

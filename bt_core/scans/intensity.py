@@ -2,10 +2,14 @@
 
 from typing import Final
 
+import cv2
 import numpy as np
 
 GREY_WEIGHTS: Final = (0.299, 0.587, 0.114)
 """Of red, green and blue: ITU-R BT.601."""
+_MIN_COLOUR: Final = 24
+"""Grey levels by which green differs from red or blue where a pixel counts as coloured: lossy
+compression of grey pictures stays well below."""
 
 
 def to_uint8(
@@ -72,3 +76,18 @@ def colour_to_uint8(image_HWC: np.ndarray, full: float) -> np.ndarray:
     grey += image_HWC[..., 1] * green
     grey += image_HWC[..., 2] * blue
     return to_uint8(grey, 0.0, full)
+
+
+def coloured_share(image_HWC: np.ndarray, full: float = 255.0) -> float:
+    """Return the share of pixels that show a colour, in [0, 1].
+
+    Args:
+        image_HWC: three channels, green in the middle.
+        full: the brightest value of a channel.
+    """
+    if image_HWC.dtype not in (np.uint8, np.uint16, np.float32):  # what OpenCV splits
+        image_HWC = image_HWC.astype(np.float32)
+    first_HW, green_HW, last_HW = cv2.split(np.ascontiguousarray(image_HWC))
+    apart_HW = cv2.max(cv2.absdiff(first_HW, green_HW), cv2.absdiff(green_HW, last_HW))
+    num_coloured = cv2.countNonZero(cv2.compare(apart_HW, _MIN_COLOUR / 255 * full, cv2.CMP_GT))
+    return float(num_coloured / apart_HW.size)

@@ -30,7 +30,7 @@ from bt_core.scans.decoded import (
     check_size,
     square_pixels,
 )
-from bt_core.scans.intensity import colour_to_uint8, scale_by_percentiles
+from bt_core.scans.intensity import colour_to_uint8, coloured_share, scale_by_percentiles
 
 MAX_NIFTI_BYTES: Final = 1024**3
 """The whole file, unpacked."""
@@ -98,13 +98,15 @@ def _decode(stream: BinaryIO, packed: bool) -> DecodedScan:
         steps.append(f"first of {shape[3]} volumes")
     if int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0:
         steps.append("no orientation in the header, NIfTI's default axes taken")
-    image_HW = _to_grey(plane_HW, header, steps)
+    image_HW, coloured = _to_grey(plane_HW, header, steps)
     sizes = voxel_sizes(affine)
     squared = square_pixels(image_HW, (float(sizes[rows]), float(sizes[columns])))
     if squared is not image_HW:
         steps.append("resized to square pixels")
     bit_depth = 8 if dtype.names else dtype.itemsize * 8
-    return DecodedScan(squared, "NIFTI", bit_depth, tuple(steps), num_slices, index)
+    return DecodedScan(
+        squared, "NIFTI", bit_depth, tuple(steps), num_slices, index, coloured=coloured
+    )
 
 
 def _header_size(start: bytes) -> int:
@@ -208,15 +210,18 @@ def _exactly(stream: BinaryIO, num_bytes: int) -> bytes:
     return data
 
 
-def _to_grey(plane_HW: np.ndarray, header: nib.Nifti1Header, steps: list[str]) -> np.ndarray:
+def _to_grey(
+    plane_HW: np.ndarray, header: nib.Nifti1Header, steps: list[str]
+) -> tuple[np.ndarray, float]:
+    """Return the grey slice, and the share of its pixels that had a colour."""
     if plane_HW.dtype.names:
         channels = np.stack([plane_HW[name] for name in "RGB"], axis=-1)
         steps.append("colour to grey")
-        return colour_to_uint8(channels, 255.0)
+        return colour_to_uint8(channels, 255.0), coloured_share(channels)
     slope, intercept = header.get_slope_inter()
     values = plane_HW
     if slope is not None and (slope, intercept) != (1.0, 0.0):
         with np.errstate(all="ignore"):
             values = plane_HW.astype(np.float64) * slope + intercept
         steps.append("scl_slope and scl_inter")
-    return scale_by_percentiles(values, steps)
+    return scale_by_percentiles(values, steps), 0.0

@@ -15,7 +15,7 @@ from PIL import BmpImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError
 from bt_core.errors import ScanError
 from bt_core.scans.codestream import decode_with_opencv, jpeg_ends_early, jpeg_header
 from bt_core.scans.decoded import MAX_FRAME_BYTES, DecodedScan, check_bytes, check_size
-from bt_core.scans.intensity import scale_by_percentiles
+from bt_core.scans.intensity import coloured_share, scale_by_percentiles
 from bt_core.scans.png import plain_size, with_stored_data
 
 _PILLOW_FORMATS: Final = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
@@ -58,7 +58,7 @@ def decode(content: bytes) -> DecodedScan:
         raise ScanError("corrupt_image", "decoded size differs from the header")
     bit_depth = image.dtype.itemsize * 8
     steps: list[str] = []
-    image_HW = _grey(image, steps)
+    image_HW, coloured = _grey(image, steps)
     if header.white_is_zero and image_HW.dtype == np.uint16:  # OpenCV inverts 8 bits only
         image_HW = 65535 - image_HW
         steps.append("white-is-zero inverted")
@@ -68,7 +68,8 @@ def decode(content: bytes) -> DecodedScan:
     if turn is not None and header.format != "TIFF":  # OpenCV turned TIFF upright
         image_HW = turn(image_HW)
         steps.append(f"EXIF orientation {header.orientation}")
-    return DecodedScan(np.ascontiguousarray(image_HW), header.format, bit_depth, tuple(steps))
+    image_HW = np.ascontiguousarray(image_HW)
+    return DecodedScan(image_HW, header.format, bit_depth, tuple(steps), coloured=coloured)
 
 
 def _open_plain_jpeg(content: bytes) -> _Header | None:
@@ -160,20 +161,24 @@ _EXIF_TRANSFORMS: Final = {
 }
 
 
-def _grey(image: np.ndarray, steps: list[str]) -> np.ndarray:
+def _grey(image: np.ndarray, steps: list[str]) -> tuple[np.ndarray, float]:
+    """Return the grey image, and the share of its pixels that had a colour."""
     if image.ndim == 2:
-        return image
+        return image, 0.0
     if image.shape[2] == 4:
         steps.append("alpha dropped")
         image = image[:, :, :3]
     elif image.shape[2] == 2:
         steps.append("alpha dropped")
-        return image[:, :, 0]
+        return image[:, :, 0], 0.0
     if image.shape[2] == 1:
-        return image[:, :, 0]
+        return image[:, :, 0], 0.0
     steps.append("colour to grey")
-    grey: np.ndarray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_BGR2GRAY)
-    return grey
+    image = np.ascontiguousarray(image)
+    is_whole = image.dtype.kind == "u"
+    full = float(np.iinfo(image.dtype).max if is_whole else np.nanmax(image, initial=0.0))
+    grey: np.ndarray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    return grey, coloured_share(image, full)
 
 
 def _webp_size(content: bytes) -> tuple[int, int]:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bt_core.data.catalog import Dataset
-from bt_core.data.thumbnails import transformed
 from bt_core.scans.phantom import CLASS_NAMES, phantom_slice
+from bt_core.scans.thumbnails import transformed
 from tests.conftest import bt
 from tests.unit.test_families import all_pairs, perturbed
 

@@ -101,7 +101,7 @@ def http_tensors(chain, refs, tensors):
     ensemble = Ensemble(Bundle(str(chain.bundle)))
     tensors.clear()
     for row in refs:
-        pixels, digest, _ = decode_upload(content_of(row), row["member"], ensemble.specs)
+        pixels, digest, *_ = decode_upload(content_of(row), row["member"], ensemble.specs)
         answer = ensemble.answer([image_SS[None] for image_SS in pixels], [digest])[0]
         assert answer["seen_in_training"]
     return tensors[:: len(tensors) // len(refs)]

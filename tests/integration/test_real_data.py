@@ -7,6 +7,7 @@ from collections import defaultdict
 import pyarrow.parquet as pq
 import pytest
 
+from bt_core.scans.gate import GATE_DEFERS, GATE_REJECTS
 from tests.conftest import bt
 
 DATASET, WEIGHTS = os.environ.get("BT_DATASET"), os.environ.get("BT_WEIGHTS")
@@ -36,6 +37,16 @@ def test_every_file_is_in_the_catalog_and_no_copy_crosses_a_split(prepared):
     for row in catalog:
         crossed[row["pixel_sha256"]].add(row["given_split"])
     assert any(len(given) > 1 for given in crossed.values()), "its own split lets copies cross"
+
+
+def test_the_gate_lets_real_scans_pass(prepared):
+    gates = pq.read_table(prepared / "catalog.parquet")["gate"].to_pylist()
+    rejected, deferred = (
+        sum(gate in reasons for gate in gates) / len(gates)
+        for reasons in (GATE_REJECTS, GATE_DEFERS)
+    )
+    assert rejected < 0.005
+    assert 0 < deferred < 0.02, "some do hold coloured banners and text"
 
 
 @pytest.mark.slow

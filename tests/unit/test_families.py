@@ -12,7 +12,11 @@ from hypothesis.extra import numpy as hnp
 
 from bt_core.data import copies, families
 from bt_core.data.families import MIN_CORRELATION, CopyIndex, Pairs, exact_pairs, join_components
-from bt_core.data.thumbnails import (
+from bt_core.errors import UsageError
+from bt_core.labels import LABEL_SPACES
+from bt_core.scans.phantom import CLASS_NAMES, perturbed_copy, phantom_slice
+from bt_core.scans.preprocess import preprocess_pixels
+from bt_core.scans.thumbnails import (
     SPECTRUM_LENGTH,
     THUMBNAIL,
     TRANSFORMS,
@@ -23,10 +27,6 @@ from bt_core.data.thumbnails import (
     transformed,
     unit_thumbnails,
 )
-from bt_core.errors import UsageError
-from bt_core.labels import LABEL_SPACES
-from bt_core.scans.phantom import CLASS_NAMES, perturbed_copy, phantom_slice
-from bt_core.scans.preprocess import preprocess_pixels
 
 waves = st.tuples(st.integers(0, 6), st.integers(0, 6), st.floats(0.5, 40), st.integers(0, 99))
 thumbnails = hnp.arrays(np.uint8, (2, 64, 64), elements=st.integers(0, 255), fill=st.integers(0, 3))
