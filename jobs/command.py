@@ -158,10 +158,10 @@ def placed(
     Yields:
         The bundle's distinct preprocessing specs, the device, and number, CPUs and GPUs of actors.
     """
-    from bt_core.inference.predictor import distinct_specs
+    from bt_core.inference.predictor import needed_specs
     from cluster.session import choose_device, session
 
-    specs, _ = distinct_specs([member.preprocess for member in bundle.info.members])
+    specs, _ = needed_specs(bundle.info)
     with session() as resources:
         chosen = choose_device(device, resources)
         yield specs, chosen, resources.scorers(chosen)

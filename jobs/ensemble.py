@@ -1,6 +1,6 @@
 """`bt ensemble`: finished runs become a calibrated bundle."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -11,14 +11,28 @@ from jobs.command import OutOption, OverwriteOption
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+
+    from bt_core.data.catalog import Dataset
     from bt_core.ensemble.build import Options
     from bt_core.models.bundle import BundleInfo
     from bt_core.models.run import Run
+
+_MOST_FAR: Final = 2000
+"""Validation scans that show how far from the others scans may be."""
 
 
 def run(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
     out: OutOption,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Dataset folder of the runs, whose scans later ones are compared with. "
+            "[default: where the runs found it]",
+        ),
+    ] = None,
     weights: Annotated[
         str,
         typer.Option(
@@ -71,27 +85,78 @@ def run(
             raise UsageError(f"{out} exists; choose another -o, or pass --overwrite")
         if not storage.exists(storage.join(out, "bundle.json")):
             raise UsageError(f"{out} is not a bundle, so it is not overwritten; choose another -o")
-    _report(build(out, loaded, options))
+    _report(build(out, loaded, options, data))
     print(f"bundle in {out}")
     return EXIT_OK
 
 
-def build(out: str, runs: "Sequence[Run]", options: "Options | None" = None) -> "BundleInfo":
+def build(
+    out: str,
+    runs: "Sequence[Run]",
+    options: "Options | None" = None,
+    data: str | None = None,
+) -> "BundleInfo":
     """Write a calibrated bundle of finished runs, in place of one that is there."""
+    from bt_core.data.catalog import Dataset
     from bt_core.ensemble.build import assemble
     from bt_core.evaluation.model_card import model_card
     from bt_core.models.bundle import write_bundle
 
     info = assemble(runs, options)
-    names = {member.name for member in info.members}
+    dataset = Dataset(data or runs[0].info.dataset)
+    if dataset.info.digest != runs[0].info.dataset_digest:
+        raise UsageError(
+            f"{dataset.location} is not the dataset that {runs[0].location} was trained on (the "
+            "digests differ); give it with --data"
+        )
+    kept = {run.info.name: run for run in runs}
+    first = kept[info.members[0].name]
+    arrays = _known_scans(dataset, info, first)
     storage.remove_dir(out)
     return write_bundle(
         out,
         info,
-        {run.info.name: run.state_dict() for run in runs if run.info.name in names},
+        {member.name: kept[member.name].state_dict() for member in info.members},
         [digest for run in runs for digest in run.training_digests()],
         model_card(info),
+        arrays,
     )
+
+
+def _known_scans(
+    dataset: "Dataset", info: "BundleInfo", first: "Run"
+) -> "dict[str, dict[str, np.ndarray]]":
+    """Return what tells copies of training scans, and scans unlike them, by file of the bundle."""
+    import numpy as np
+
+    from bt_core.data.views import ensure_view, read_pixels
+    from bt_core.ensemble.far import FarDetector
+    from bt_core.inference.runtime import TorchRuntime
+    from bt_core.models.bundle import COPIES_FILE, FAR_FILE
+    from bt_core.models.classifier import rebuild_classifier
+    from bt_core.models.inputs import Preprocessor
+    from bt_core.models.training_index import TrainingIndex
+    from bt_core.scans.thumbnails import THUMBNAIL
+    from cluster.session import session
+
+    spec = first.info.preprocess
+    with session():
+        thumbnails, own = (ensure_view(dataset, s) for s in (THUMBNAIL, spec))
+    columns = dataset.catalog().select(["scan_id", "family", "group"]).to_pydict()
+    family_of = dict(zip(columns["scan_id"], columns["family"], strict=True))
+    group_of = dict(zip(columns["scan_id"], columns["group"], strict=True))
+    parts = [read_pixels(thumbnails, split) for split in ("train", "validation")]
+    families = [family_of[scan_id][:16] for ids, _ in parts for scan_id in ids]
+    index = TrainingIndex.build(np.concatenate([pixels for _, pixels in parts]), families)
+    ids, pixels_NSS = read_pixels(own, "validation", _MOST_FAR)
+    classifier = rebuild_classifier(first.info.model, spec, info.label_space.num_classes)
+    classifier.load_state_dict(first.state_dict())
+    features_ND = TorchRuntime(classifier, Preprocessor(spec)).run(pixels_NSS)[1]
+    groups = np.array([group_of[scan_id] for scan_id in ids])
+    arrays = {COPIES_FILE: index.arrays()}
+    if len(set(groups.tolist())) > 1:
+        arrays[FAR_FILE] = FarDetector.fit(features_ND, groups).arrays()
+    return arrays
 
 
 def _report(info: "BundleInfo") -> None:

@@ -116,7 +116,7 @@ def _read_scans(bundle: "Bundle", dataset: "Dataset", most: int) -> "dict[str, S
     for digest, spec in specs.items():
         view = find_view(dataset, spec)[0]
         found[digest] = Scans(
-            read_pixels(view, "validation", most), read_pixels(view, "train", _MAX_RANGES)
+            read_pixels(view, "validation", most)[1], read_pixels(view, "train", _MAX_RANGES)[1]
         )
     return found
 
@@ -210,8 +210,9 @@ def _of_ensemble(bundle: "Bundle", choices: "dict[str, Choice]") -> dict[str, fl
 def table(runtimes: dict[str, Any]) -> list[str]:
     """Return the lines that are printed of `provenance["runtimes"]`."""
     lines = [
-        f"{runtimes['num_scans']} validation scans, {runtimes['num_threads']} thread(s) of "
-        f"{runtimes['cpu']}; at most {runtimes['max_flips']:.2%} of labels may flip, and no "
+        f"{runtimes['num_scans']} validation scans, images per second of CPU time on "
+        f"{runtimes['num_threads']} thread of {runtimes['cpu']}; at most "
+        f"{runtimes['max_flips']:.2%} of labels may flip, and no "
         f"probability move by more than {runtimes['max_change']:g}",
         f"{'member':<18}{'runtime':<32}{'images/s':>9}{'flips':>8}{'largest':>9}{'mean':>10}",
     ]
@@ -223,6 +224,8 @@ def table(runtimes: dict[str, Any]) -> list[str]:
                     f"{row['images_per_second']:>9.1f}{row['label_flips']:>8.2%}"
                     f"{row['max_change']:>9.4f}{row['mean_change']:>10.6f}"
                 )
+            if row["exact_below"] and row["images_per_second"] is not None:
+                figures += f"  {row['exact_share']:.1%} in fp32"
             chosen = "chosen" if name == runtimes["chosen"][member] else row["why_not"]
             lines.append(f"{member:<18}{name:<32}{figures}  {chosen}".rstrip())
     ensemble = runtimes["ensemble"]

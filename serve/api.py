@@ -3,7 +3,6 @@
 import asyncio
 from typing import Any, Final
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.openapi.constants import REF_PREFIX
 from fastapi.responses import JSONResponse
@@ -18,9 +17,11 @@ from bt_core import __version__, storage
 from bt_core.ensemble.ensemble import preprocess_digest
 from bt_core.ensemble.review import of_frame
 from bt_core.errors import ScanError
-from bt_core.inference.predictor import distinct_specs
+from bt_core.inference.predictor import needed_specs
 from bt_core.models.bundle import Bundle
+from bt_core.scans.gate import GATE_REJECTS
 from serve.decoding import UploadDecoder
+from serve.model import Scan
 from serve.problems import HTTP_OF_REASON, install_problems, problem
 from serve.schemas import EXAMPLE_PREDICTION, ModelDescription, Predictions, Problem
 
@@ -95,7 +96,7 @@ class Gateway:
 
     def __init__(self, bundle_location: str, ensemble: DeploymentHandle) -> None:
         self._info = Bundle(bundle_location).info
-        specs, _ = distinct_specs([member.preprocess for member in self._info.members])
+        specs, _ = needed_specs(self._info)
         self._decoder = UploadDecoder(specs)
         self._preprocess_digest = preprocess_digest(self._info)
         self._ensemble = ensemble
@@ -115,11 +116,13 @@ class Gateway:
         """Classify one scan, sent as the multipart field `files` or as the raw body."""
         content, hint = await _read_scan(request)
         try:
-            pixels, pixel_sha256, frame, _ = await self._decoder.decode(content, hint)
+            pixels, pixel_sha256, frame, gate = await self._decoder.decode(content, hint)
+            if gate in GATE_REJECTS:
+                raise ScanError(gate)
         except ScanError as error:
             return problem(HTTP_OF_REASON[error.reason], error.reason, str(error))
         try:
-            answer = await self._ask(pixels, pixel_sha256)
+            answer = await self._ask((pixels, pixel_sha256, gate))
         except (BackPressureError, DeploymentUnavailableError, RayActorError):
             return problem(503, "overloaded", "no replica could answer in time; try again shortly")
         digest = storage.sha256(content)
@@ -161,10 +164,10 @@ class Gateway:
             return problem(503, "not_ready", "the ensemble is not loaded yet")
         return JSONResponse({"status": "ready", "bundle_id": loaded})
 
-    async def _ask(self, pixels: list[np.ndarray], pixel_sha256: str) -> dict[str, Any]:
+    async def _ask(self, scan: Scan) -> dict[str, Any]:
         for attempt in range(1, TRIES + 1):
             try:
-                answer: dict[str, Any] = await self._ensemble.predict.remote((pixels, pixel_sha256))
+                answer: dict[str, Any] = await self._ensemble.predict.remote(scan)
                 return answer
             except RayActorError:
                 if attempt == TRIES:

@@ -10,8 +10,8 @@ from bt_core.ensemble.ensemble import Ensemble
 from bt_core.models.bundle import Bundle
 
 MAX_BATCH = 16
-Scan = tuple[list[np.ndarray], str]
-"""Pixels_SS uint8 for each distinct spec of the bundle, and the pixel digest."""
+Scan = tuple[list[np.ndarray], str, str]
+"""Pixels_SS uint8 for each spec of the bundle, the pixel digest, and what the input gate says."""
 
 
 @serve.deployment(max_ongoing_requests=4 * MAX_BATCH)
@@ -37,5 +37,5 @@ class EnsembleDeployment:
         pixels = [
             np.stack([scan[0][i] for scan in scans]) for i in range(len(self._ensemble.specs))
         ]
-        digests = [scan[1] for scan in scans]
-        return await asyncio.to_thread(self._ensemble.answer, pixels, digests)
+        digests, gates = [scan[1] for scan in scans], [scan[2] for scan in scans]
+        return await asyncio.to_thread(self._ensemble.answer, pixels, digests, gates)

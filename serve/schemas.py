@@ -13,7 +13,7 @@ class Prediction(BaseModel):
     scan_id: str = Field(description="First 20 digits of the content's SHA-256.")
     content_sha256: str
     status: Literal["scored", "deferred"] = Field(
-        description="`deferred` means: confidence below the threshold, a person should look."
+        description="`deferred` means: a person should look, for the stated reason."
     )
     reason: str = Field(description="Reason code, empty for `scored`.")
     predicted_label: str
@@ -25,8 +25,14 @@ class Prediction(BaseModel):
     prediction_set: list[str] = Field(
         description="Classes that hold the truth at the bundle's conformal level."
     )
-    members_used: list[str]
-    seen_in_training: bool = Field(description="A scan of the same pixels trained or chose it.")
+    members_used: list[str] = Field(description="Not all, where the first alone is as safe.")
+    runtimes: list[str] = Field(description="What each of these ran as.")
+    seen_in_training: bool = Field(description="It, or a copy of it, trained or chose the members.")
+    nearest_family: str | None = Field(description="Family of training scans that it copies.")
+    nearest_correlation: float | None = Field(description="With the most alike training scan.")
+    distance: float | None = Field(
+        description="From the training scans; about 1 for scans like them."
+    )
     bundle_id: str
     preprocess_digest: str
 

@@ -53,13 +53,13 @@ def find_view(dataset: Dataset, spec: PreprocessSpec) -> tuple[str, bool]:
     return location, storage.exists(storage.join(location, "view.json"))
 
 
-def read_pixels(view: str, split: str, most: int) -> np.ndarray:
-    """Return pixels_NSS uint8 of the first scans of a split, whose order is random; without Ray.
+def read_pixels(view: str, split: str, most: int | None = None) -> tuple[list[str], np.ndarray]:
+    """Return ids and pixels_NSS uint8 of the first scans of a split; without Ray.
 
     Args:
         view: its folder.
         split: train or validation.
-        most: number of scans, or fewer where there are fewer.
+        most: number of scans, whose order is random; None takes all.
 
     Raises:
         SealedError: for the test split.
@@ -67,13 +67,15 @@ def read_pixels(view: str, split: str, most: int) -> np.ndarray:
     refuse_test(split, "pixels")
     folder = storage.join(view, f"split={split}")
     side = storage.read_json(storage.join(view, "view.json"))["preprocess"]["size_px"]
-    parts: list[np.ndarray] = []
+    ids: list[str] = []
+    parts = [np.zeros((0, side, side), np.uint8)]
     for name in storage.list_files(folder, ".parquet"):
-        if sum(map(len, parts)) >= most:
+        if most is not None and len(ids) >= most:
             break
-        column = storage.read_table(storage.join(folder, name), columns=["pixels"])["pixels"]
-        parts += [np.reshape(p.as_py(), (1, side, side)).astype(np.uint8) for p in column]
-    return np.concatenate(parts)[:most]
+        table = storage.read_table(storage.join(folder, name), columns=["scan_id", "pixels"])
+        ids += table["scan_id"].to_pylist()
+        parts += [np.reshape(p.as_py(), (1, side, side)).astype(np.uint8) for p in table["pixels"]]
+    return ids[:most], np.concatenate(parts)[:most]
 
 
 def _write_view(location: str, dataset: Dataset, spec: PreprocessSpec) -> None:

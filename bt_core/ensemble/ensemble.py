@@ -8,9 +8,12 @@ import numpy as np
 from bt_core import storage
 from bt_core.ensemble.calibration import Calibration, calibration_of
 from bt_core.ensemble.cascade import stands
+from bt_core.ensemble.far import FarDetector
 from bt_core.ensemble.review import decide
 from bt_core.inference.predictor import Predictor
-from bt_core.models.bundle import Bundle, BundleInfo, index_key
+from bt_core.labels import LabelSpace
+from bt_core.models.bundle import COPIES_FILE, FAR_FILE, Bundle, BundleInfo, index_key
+from bt_core.models.training_index import TrainingIndex
 from bt_core.scans.preprocess import PreprocessSpec
 
 
@@ -23,19 +26,32 @@ class Ensemble:
         num_threads: torch threads on the CPU.
         cascade: let the first member answer alone where the bundle says that this is safe; not
             done when a member is missing, since it was fitted with all.
+        in_depth: add `logits` (M, K) and `features` (D,) to the answers.
     """
 
     def __init__(
-        self, bundle: Bundle, device: str = "cpu", num_threads: int = 1, cascade: bool = False
+        self,
+        bundle: Bundle,
+        device: str = "cpu",
+        num_threads: int = 1,
+        cascade: bool = False,
+        in_depth: bool = False,
     ) -> None:
-        self.info = bundle.info
+        info = self.info = bundle.info
         self.predictor = Predictor(bundle, device, num_threads)
-        self.members = [member.name for member in self.predictor.members]
-        self._whole = calibration_of(self.info, self.members)
+        names = [member.name for member in self.predictor.members]
+        self._whole = calibration_of(info, names)
         self.shares = self._whole.weights
-        is_whole = len(self.members) == len(self.info.members)
-        self._cascade = self.info.cascade if cascade and is_whole else None
+        is_whole = len(names) == len(info.members)
+        self._cascade = info.cascade if cascade and is_whole else None
+        self._first = calibration_of(info, names[:1]) if self._cascade else None
+        self._in_depth = in_depth
         self._trained_on = bundle.training_index()
+        copies, far = bundle.arrays(COPIES_FILE), bundle.arrays(FAR_FILE)
+        self._index = None if copies is None else TrainingIndex.from_arrays(copies)
+        # It knows the features of the bundle's first member, and no other's.
+        is_known = far is not None and names[0] == info.members[0].name
+        self._far = FarDetector.from_arrays(far) if far is not None and is_known else None
 
     @property
     def specs(self) -> tuple[PreprocessSpec, ...]:
@@ -43,47 +59,59 @@ class Ensemble:
         return self.predictor.specs
 
     def answer(
-        self, pixels: Sequence[np.ndarray], pixel_sha256: Sequence[str]
+        self,
+        pixels: Sequence[np.ndarray],
+        pixel_sha256: Sequence[str],
+        gates: Sequence[str] | None = None,
     ) -> list[dict[str, Any]]:
         """Return one answer per scan, with the fields that score rows and HTTP share.
 
         Args:
             pixels: for each of `specs`, pixels_BSS uint8 of the same B scans.
             pixel_sha256: B digests of the decoded images, to tell scans that were trained on.
+            gates: B reasons of the input gate (`scans.gate`) for which a person should look, or
+                empty texts; None if it was not asked.
 
         Returns:
             B dicts: status (`scored` or `deferred`), reason, predicted_label, confidence,
-            probabilities (by class), entropy (in nats), prediction_set, members_used,
-            seen_in_training.
+            probabilities (by class), entropy (in nats), prediction_set, members_used, runtimes (of
+            these), seen_in_training (itself or a copy), nearest_family (of the training scans that
+            it is a copy of; None if of none), nearest_correlation (with any training scan) and
+            distance (from them all, see `far`); the last two are None if the bundle does not know.
         """
-        if self._cascade is None:
-            return self.judge(self.predictor.logits(pixels), pixel_sha256)
-        info = self.info
-        first = calibration_of(info, self.members[:1])
-        first_1BK = self.predictor.logits(pixels, [0])
-        answers = self._fields(first, first_1BK, pixel_sha256)
-        alone = decide(first.probs(first_1BK), first.review, info.label_space)
-        rest = np.flatnonzero(~stands(alone, self._cascade.min_confidence, info.label_space.names))
+        first_BK, features_BD = self.predictor.first(pixels)
+        answers: list[dict[str, Any]] = [{}] * len(pixel_sha256)
+        rest = np.arange(len(answers))
+        if self._cascade is not None and self._first is not None:
+            alone = decide(self._first.probs(first_BK[None]), self._first.review, self._space)
+            stands_B = stands(alone, self._cascade.min_confidence, self._space.names)
+            answers = self._fields(self._first, first_BK[None])
+            rest = np.flatnonzero(~stands_B)
         if len(rest):
-            others = self.predictor.logits([p[rest] for p in pixels], range(1, len(self.members)))
-            logits_MBK = np.concatenate([first_1BK[:, rest], others])
-            judged = self.judge(logits_MBK, [pixel_sha256[int(b)] for b in rest])
-            for b, answer in zip(rest, judged, strict=True):
-                answers[b] = answer
-        return answers
+            others = range(1, len(self.predictor.members))
+            logits_MBK = first_BK[None, rest]
+            if others:
+                asked = self.predictor.logits([p[rest] for p in pixels], others)
+                logits_MBK = np.concatenate([logits_MBK, asked])
+            for b, fields in zip(rest, self._fields(self._whole, logits_MBK), strict=True):
+                answers[b] = fields
+        if self._in_depth:
+            for answer, features_D in zip(answers, features_BD, strict=True):
+                answer["features"] = features_D
+        gates = gates or [""] * len(answers)
+        return self._in_context(answers, pixels, pixel_sha256, gates, features_BD)
 
-    def judge(self, logits_MBK: np.ndarray, pixel_sha256: Sequence[str]) -> list[dict[str, Any]]:
-        """Return the answers of `answer` from the logits of all members, without the cascade."""
-        return self._fields(self._whole, logits_MBK, pixel_sha256)
+    @property
+    def _space(self) -> LabelSpace:
+        return self.info.label_space
 
-    def _fields(
-        self, calibration: Calibration, logits_MBK: np.ndarray, pixel_sha256: Sequence[str]
-    ) -> list[dict[str, Any]]:
-        names = self.info.label_space.names
+    def _fields(self, calibration: Calibration, logits_MBK: np.ndarray) -> list[dict[str, Any]]:
+        """Return what members say of scans."""
+        names, runtimes = self._space.names, self.predictor.runtime_names
         probs_BK = calibration.probs(logits_MBK)
-        decisions = decide(probs_BK, calibration.review, self.info.label_space)
+        decisions = decide(probs_BK, calibration.review, self._space)
         entropy_B = -(probs_BK * np.log(np.maximum(probs_BK, 1e-300))).sum(1)
-        return [
+        answers = [
             {
                 "status": "deferred" if decisions.reason_N[b] else "scored",
                 "reason": str(decisions.reason_N[b]),
@@ -93,10 +121,43 @@ class Ensemble:
                 "entropy": float(entropy_B[b]),
                 "prediction_set": [names[k] for k in np.flatnonzero(decisions.sets_NK[b])],
                 "members_used": list(calibration.members),
-                "seen_in_training": index_key(digest) in self._trained_on,
+                "runtimes": [runtimes[name] for name in calibration.members],
             }
-            for b, digest in enumerate(pixel_sha256)
+            for b in range(len(probs_BK))
         ]
+        if self._in_depth:
+            for answer, logits_MK in zip(answers, logits_MBK.swapaxes(0, 1), strict=True):
+                answer["logits"] = list(logits_MK)
+        return answers
+
+    def _in_context(
+        self,
+        answers: list[dict[str, Any]],
+        pixels: Sequence[np.ndarray],
+        pixel_sha256: Sequence[str],
+        gates: Sequence[str],
+        features_BD: np.ndarray,
+    ) -> list[dict[str, Any]]:
+        """Add what is known of the scans besides, and defer those that are odd."""
+        nearest: list[tuple[str | None, float | None]] = [(None, None)] * len(answers)
+        if self._index is not None:
+            nearest = list(self._index.lookup(pixels[self.predictor.thumbnail]))
+        distances: list[float | None] = [None] * len(answers)
+        if self._far is not None:
+            distances = self._far.score(features_BD).tolist()
+        for b, answer in enumerate(answers):
+            (family, correlation), distance = nearest[b], distances[b]
+            answer["seen_in_training"] = (
+                family is not None or index_key(pixel_sha256[b]) in self._trained_on
+            )
+            answer |= {
+                "nearest_family": family, "nearest_correlation": correlation, "distance": distance
+            }  # fmt: skip
+            is_far = self._far is not None and (distance or 0.0) > self._far.threshold
+            odd = gates[b] or ("far_from_training" if is_far else "")
+            if odd:  # it says more than how sure an answer is that may be about nothing
+                answer |= {"status": "deferred", "reason": odd}
+        return answers
 
 
 def preprocess_digest(info: BundleInfo) -> str:

@@ -3,7 +3,6 @@
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 
 from bt_core.ensemble.ensemble import Ensemble, preprocess_digest
@@ -11,6 +10,7 @@ from bt_core.ensemble.review import of_frame
 from bt_core.errors import BundleError, status_of
 from bt_core.labels import LabelSpace
 from bt_core.models.bundle import Bundle
+from bt_core.scans.gate import GATE_REJECTS
 
 STATUSES: Final = ("scored", "deferred", "rejected", "failed")
 
@@ -22,6 +22,8 @@ def score_schema(space: LabelSpace) -> pa.Schema:
             pa.field("scan_id", pa.string(), nullable=False),
             pa.field("uri", pa.string(), nullable=False),
             pa.field("member", pa.string(), nullable=False),
+            pa.field("position", pa.int64(), nullable=False),
+            pa.field("format", pa.string(), nullable=False),
             pa.field("content_sha256", pa.string()),
             pa.field("status", pa.string(), nullable=False),
             pa.field("reason", pa.string(), nullable=False),
@@ -33,12 +35,25 @@ def score_schema(space: LabelSpace) -> pa.Schema:
             pa.field("num_frames", pa.int64()),
             pa.field("prediction_set", pa.list_(pa.string())),
             pa.field("members_used", pa.list_(pa.string())),
+            pa.field("runtimes", pa.list_(pa.string())),
             pa.field("seen_in_training", pa.bool_()),
+            pa.field("nearest_family", pa.string()),
+            pa.field("nearest_correlation", pa.float64()),
+            pa.field("distance", pa.float64()),
             pa.field("bundle_id", pa.string(), nullable=False),
             pa.field("preprocess_digest", pa.string(), nullable=False),
             pa.field("scored_at", pa.timestamp("us", tz="UTC"), nullable=False),
         ]
     )
+
+
+def refusals(columns: dict[str, Any]) -> list[str]:
+    """Return why each decoded row is not answered; empty for those that are.
+
+    That is what went wrong when it was read, or what the input gate rejects it for.
+    """
+    pairs = zip(columns["reason"], columns["gate"], strict=True)
+    return [str(reason) or (str(gate) if gate in GATE_REJECTS else "") for reason, gate in pairs]
 
 
 class Scorer:
@@ -65,11 +80,10 @@ class Scorer:
         cascade: bool = True,
     ) -> None:
         bundle = Bundle(bundle_location)
-        self._ensemble = Ensemble(bundle, device, num_threads, cascade and not in_depth)
+        self._ensemble = Ensemble(bundle, device, num_threads, cascade and not in_depth, in_depth)
         if in_depth and bundle.unusable:
             raise BundleError(" ".join(bundle.unusable.values()))
         self._schema = score_schema(self._ensemble.info.label_space)
-        self._in_depth = in_depth
         if in_depth:
             numbers = pa.list_(pa.float32())
             self._schema = self._schema.append(pa.field("logits", pa.list_(numbers)))
@@ -78,43 +92,40 @@ class Scorer:
 
     def __call__(self, columns: dict[str, Any]) -> pa.Table:
         """Return one score row for each decoded row; those with a reason skip the model."""
-        good = np.flatnonzero(np.array(columns["reason"]) == "")
+        reasons = refusals(columns)
+        good = [i for i, reason in enumerate(reasons) if not reason]
         answers: dict[int, dict[str, Any]] = {}
-        if len(good):
+        if good:
             pixels = [columns[f"pixels_{i}"][good] for i in range(len(self._ensemble.specs))]
-            digests = [str(columns["pixel_sha256"][i]) for i in good]
-            answer = self._deep if self._in_depth else self._ensemble.answer
-            found = answer(pixels, digests)
-            answers = {int(i): own for i, own in zip(good, found, strict=True)}
+            digests, gates = ([str(columns[n][i]) for i in good] for n in ("pixel_sha256", "gate"))
+            found = self._ensemble.answer(pixels, digests, gates)
+            answers = dict(zip(good, found, strict=True))
         now = datetime.now(UTC)
-        rows = [self._row(columns, i, answers.get(i), now) for i in range(len(columns["scan_id"]))]
+        rows = [
+            self._row(columns, i, reason, answers.get(i), now) for i, reason in enumerate(reasons)
+        ]
         return pa.Table.from_pylist(rows, schema=self._schema)
 
-    def _deep(self, pixels: list[np.ndarray], digests: list[str]) -> list[dict[str, Any]]:
-        """Return answers with their logits and features."""
-        logits_MBK, features_BD = self._ensemble.predictor.logits_and_features(pixels)
-        depth = zip(logits_MBK.swapaxes(0, 1), features_BD, strict=True)
-        return [
-            {**answer, "logits": list(logits_MK), "features": features_D}
-            for answer, (logits_MK, features_D) in zip(
-                self._ensemble.judge(logits_MBK, digests), depth, strict=True
-            )
-        ]
-
     def _row(
-        self, columns: dict[str, Any], i: int, answer: dict[str, Any] | None, now: datetime
+        self,
+        columns: dict[str, Any],
+        i: int,
+        reason: str,
+        answer: dict[str, Any] | None,
+        now: datetime,
     ) -> dict[str, Any]:
         row: dict[str, Any] = {
             "scan_id": str(columns["scan_id"][i]),
             "uri": str(columns["uri"][i]),
             "member": str(columns["member"][i]),
+            "position": int(columns["position"][i]),
+            "format": str(columns["format"][i]),
             "content_sha256": str(columns["content_sha256"][i]) or None,
             "bundle_id": self._ensemble.info.bundle_id,
             "preprocess_digest": self._preprocess_digest,
             "scored_at": now,
         }
         if answer is None:
-            reason = str(columns["reason"][i])
             return {**row, "status": status_of(reason), "reason": reason}
         frame = int(columns["frame_index"][i]), int(columns["num_frames"][i])
         probs = {f"prob_{name}": p for name, p in answer["probabilities"].items()}

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from bt_core.ensemble.ensemble import Ensemble
 from bt_core.ensemble.review import of_frame
+from bt_core.ensemble.scorer import refusals
 from bt_core.errors import status_of
 from bt_core.evaluation.explain import heat_maps
 from bt_core.evaluation.faithfulness import (
@@ -65,8 +66,8 @@ class Explainer:
     def __call__(self, columns: dict[str, Any]) -> pa.Table:
         """Return one row for each decoded row; what may not or cannot be drawn has no map."""
         reasons = [
-            str(reason) or (TEXT_BURNED_IN if BURNED_IN in str(steps) else "")
-            for reason, steps in zip(columns["reason"], columns["steps"], strict=True)
+            reason or (TEXT_BURNED_IN if BURNED_IN in str(steps) else "")
+            for reason, steps in zip(refusals(columns), columns["steps"], strict=True)
         ]
         rows: list[dict[str, Any]] = [
             {
@@ -79,10 +80,11 @@ class Explainer:
         good = [i for i, reason in enumerate(reasons) if not reason]
         if good:
             pixels = [columns[f"pixels_{i}"][good] for i in range(len(self._ensemble.specs))]
-            digests = [str(columns["pixel_sha256"][i]) for i in good]
+            digests, gates = ([str(columns[n][i]) for i in good] for n in ("pixel_sha256", "gate"))
+            found = self._ensemble.answer(pixels, digests, gates)
             answers = [
                 of_frame(answer, int(columns["frame_index"][i]), int(columns["num_frames"][i]))
-                for i, answer in zip(good, self._ensemble.answer(pixels, digests), strict=True)
+                for i, answer in zip(good, found, strict=True)
             ]
             for i, explained in zip(good, self.explain(pixels, answers), strict=True):
                 rows[i] |= explained

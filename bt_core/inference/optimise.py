@@ -57,7 +57,7 @@ class Measured:
     exact_share: float = 0.0
     """Of the validation scans that it answers in float32."""
     images_per_second: float | None = None
-    """Median of rounds that all took turns in; None for what this host cannot run."""
+    """Of CPU time, median of rounds that all took turns in; None for what this host cannot run."""
     start_seconds: float | None = None
     """Compiling it, once its files are there."""
     label_flips: float | None = None
@@ -303,15 +303,18 @@ class _Exporter:
 
 
 def _time_in_turns(started: Sequence[_Started], pixels_NSS: np.ndarray) -> None:
-    """Fill in rates: medians of rounds, so that what else the host does hits all alike."""
+    """Fill in rates: medians of rounds, so that what else the host does hits all alike.
+
+    By CPU time, which on one quiet core is the time that passes.
+    """
     rates: list[list[float]] = [[] for _ in started]
     for _ in range(_ROUNDS):
         for one, own in zip(started, rates, strict=True):
-            began, num, seconds = time.perf_counter(), 0, 0.0
+            began, num, seconds = time.process_time(), 0, 0.0
             while seconds < _ROUND_SECONDS:
                 first = num % len(pixels_NSS)
                 num += len(one.runtime.run(pixels_NSS[first : first + _RATE_BATCH])[0])
-                seconds = time.perf_counter() - began
+                seconds = time.process_time() - began
             own.append(num / seconds)
     for one, own in zip(started, rates, strict=True):
         one.measured.images_per_second = round(statistics.median(own), 1)

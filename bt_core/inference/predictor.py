@@ -11,10 +11,11 @@ import torch
 from bt_core.errors import BundleError
 from bt_core.inference.runtime import Runtime, load_runtime
 from bt_core.log import logger
-from bt_core.models.bundle import Bundle, MemberInfo
+from bt_core.models.bundle import Bundle, BundleInfo, MemberInfo
 from bt_core.models.classifier import Classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.scans.preprocess import PreprocessSpec
+from bt_core.scans.thumbnails import THUMBNAIL
 
 
 class Predictor:
@@ -46,13 +47,24 @@ class Predictor:
         """Those that answer, in the bundle's order."""
         for name, why in bundle.unusable.items():
             logger.warning("member %s does not answer: %s", name, why)
-        self.specs, self.spec_of = distinct_specs([m.preprocess for m in self.members])
+        # Of all members: what decodes scans does not know which of them load here.
+        self.specs, places = needed_specs(bundle.info)
+        of = dict(zip((m.name for m in bundle.info.members), places, strict=False))
+        self.spec_of = tuple(of[m.name] for m in self.members)
+        self.thumbnail = places[-1]
+        """Place among `specs` of the thumbnail that the training index takes."""
 
     @property
     def fallbacks(self) -> dict[str, str]:
         """Members that run as the reference instead of as the bundle asks, with the reason."""
         members = zip(self.members, self.runtimes, strict=True)
         return {m.name: runtime.fallback for m, runtime in members if runtime.fallback}
+
+    @property
+    def runtime_names(self) -> dict[str, str]:
+        """What each member runs as, as in `openvino bf16`, by its name."""
+        members = zip(self.members, self.runtimes, strict=True)
+        return {m.name: f"{r.info.kind} {r.info.precision}" for m, r in members}
 
     def _load(self, bundle: Bundle, member: MemberInfo) -> None:
         preprocessor = Preprocessor(member.preprocess)
@@ -78,18 +90,27 @@ class Predictor:
         asked = range(len(self.runtimes)) if members is None else members
         return np.stack([self.runtimes[m].run(pixels[self.spec_of[m]])[0] for m in asked])
 
-    def logits_and_features(self, pixels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Return what `logits` does, and features_BD float32 that the first member's head takes.
+    def first(self, pixels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first member's logits_BK, and features_BD float32 that its head takes.
 
         Of a head that takes the whole feature map they are means over neighbours.
         """
-        found = [r.run(pixels[i]) for r, i in zip(self.runtimes, self.spec_of, strict=True)]
-        return np.stack([logits_BK for logits_BK, _ in found]), found[0][1]
+        return self.runtimes[0].run(pixels[self.spec_of[0]])
 
     def inputs(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Return each member's model input images_BCSS, on the device, of what `logits` takes."""
         members = zip(self._preprocessors, self.spec_of, strict=True)
         return [p.batch(pixels[i]).to(self.device) for p, i in members]
+
+
+def needed_specs(info: BundleInfo) -> tuple[tuple[PreprocessSpec, ...], tuple[int, ...]]:
+    """Return what a scan is made into to be answered: for the members, and as a thumbnail.
+
+    Returns:
+        The specs with distinct pixels, and places among them: of each member's, then of the
+        thumbnail's.
+    """
+    return distinct_specs([*(member.preprocess for member in info.members), THUMBNAIL])
 
 
 def distinct_specs(

@@ -7,6 +7,8 @@
     members/<name>/model.safetensors
     members/<name>/openvino*.{xml,bin}  the member as a graph, where bt optimise chose OpenVINO
     training_index.safetensors       which pixels were trained on
+    training_copies.safetensors      what tells copies of them (`models.training_index`), if known
+    far.safetensors                  what tells scans unlike them (`ensemble.far`), if known
     MODEL_CARD.md                    for people; gets the test figures when it is evaluated
 """
 
@@ -30,6 +32,8 @@ from bt_core.scans.preprocess import PreprocessSpec
 
 FORMAT_VERSION = 2
 INDEX_FILE = "training_index.safetensors"
+COPIES_FILE = "training_copies.safetensors"
+FAR_FILE = "far.safetensors"
 EXPORTS: Final = ("openvino.xml", "openvino.bin")
 """Names of a member's exported graph and weights, for fp32 and bf16."""
 INT8_EXPORTS: Final = ("openvino_int8.xml", "openvino_int8.bin")
@@ -217,6 +221,13 @@ class Bundle:
         keys = safetensors.numpy.load(self.read(INDEX_FILE))["keys"]
         return frozenset(keys.tolist())
 
+    def arrays(self, path: str) -> dict[str, np.ndarray] | None:
+        """Return the arrays of a file; None if the bundle was made without it."""
+        if path not in self.info.files:
+            return None
+        found: dict[str, np.ndarray] = safetensors.numpy.load(self.read(path))
+        return found
+
     def read(self, path: str) -> bytes:
         """Return the content of one of the bundle's files.
 
@@ -268,6 +279,7 @@ def write_bundle(
     state_dicts: dict[str, dict[str, torch.Tensor]],
     training_digests: list[str],
     model_card: str,
+    arrays: Mapping[str, dict[str, np.ndarray]] | None = None,
 ) -> BundleInfo:
     """Write a bundle beside its place, then move it there.
 
@@ -277,6 +289,7 @@ def write_bundle(
         state_dicts: weights by member name.
         training_digests: pixel digests of all scans that trained or chose any member.
         model_card: Markdown.
+        arrays: of `COPIES_FILE` and `FAR_FILE`, as far as known.
 
     Returns:
         The complete info.
@@ -284,6 +297,7 @@ def write_bundle(
     keys = np.array(sorted({index_key(d) for d in training_digests}), np.int64)
     files: dict[str, bytes] = {
         INDEX_FILE: safetensors.numpy.save({"keys": keys}),
+        **{path: safetensors.numpy.save(own) for path, own in (arrays or {}).items()},
     }
     for member in info.members:
         tensors = {k: v.detach().cpu().contiguous() for k, v in state_dicts[member.name].items()}

@@ -80,7 +80,7 @@ def test_a_bundle_can_be_optimised_again_and_back(chain, fast, tmp_path, capsys)
     options = ["--max-change", 0, "--only", "openvino", "--scans", 6]
     assert bt("optimise", fast, "--data", chain.data, "-o", out, *options) == 0
     printed = capsys.readouterr().out
-    assert "6 validation scans, 1 thread(s)" in printed
+    assert "6 validation scans, images per second of CPU time on 1 thread" in printed
     assert "chosen" in printed
     info = Bundle(str(out)).info
     for member in info.members:

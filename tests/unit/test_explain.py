@@ -151,7 +151,7 @@ def test_members_that_see_another_cut_are_not_drawn_into_one_map(tmp_path):
         cut = second.preprocess.model_copy(update={"crop_to_head": crop})
         explainer = Explainer(str(tmp_path / name), "cpu", 1)
         members = (info.members[0], second.model_copy(update={"preprocess": cut}))
-        explainer._ensemble.info = info.model_copy(update={"members": members})
+        explainer._ensemble.predictor.members = members
         heats[name] = explainer._judged_maps(pixels, classes)[0]
     one = Explainer(str(tmp_path / "other"), "cpu", 1)
     alone, _ = heat_maps(
@@ -190,17 +190,19 @@ def test_rank_correlation_is_spearmans_and_flat_maps_have_none():
 
 
 def test_every_scan_has_a_row_with_a_map_or_a_reason(tmp_path):
-    make_bundle(tmp_path / "bundle", sizes=(32, 48), min_confidence=0.0)
+    make_bundle(tmp_path / "bundle", sizes=(32, 48), min_confidence=0.0, sure=True)
     generator = np.random.default_rng(0)
     columns = {
         "scan_id": np.array(["a", "b", "c", "d"]),
         "reason": np.array(["", "corrupt_image", "", ""]),
         "steps": np.array(["", "", "colour to grey", BURNED_IN]),
+        "gate": np.array([""] * 4),
         "frame_index": np.array([0, 0, 4, 0]),
         "num_frames": np.array([1, 1, 9, 1]),
         "pixel_sha256": np.array(["0" * 64, "", "1" * 64, "2" * 64]),
         "pixels_0": generator.integers(0, 255, (4, 32, 32), dtype=np.uint8),
         "pixels_1": generator.integers(0, 255, (4, 48, 48), dtype=np.uint8),
+        "pixels_2": generator.integers(0, 255, (4, 64, 64), dtype=np.uint8),
     }
     table = Explainer(str(tmp_path / "bundle"), "cpu", 1)(columns)
     assert table.schema == SCHEMA

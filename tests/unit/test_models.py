@@ -39,7 +39,7 @@ TINY = ModelSpec(backbone="cnn_small", backbone_args={"width": 4}, weights="none
 SPACE = LABEL_SPACES["four_class"]
 
 
-def make_bundle(location, sizes=(32, 48), flips="none", min_confidence=0.3, **changes):
+def make_bundle(location, sizes=(32, 48), flips="none", min_confidence=0.3, sure=False, **changes):
     members, weights = [], {}
     for i, size in enumerate(sizes):
         torch.manual_seed(i)
@@ -63,11 +63,11 @@ def make_bundle(location, sizes=(32, 48), flips="none", min_confidence=0.3, **ch
         conformal_level=0.9,
         conformal_min_probs=dict.fromkeys(SPACE.names, 0.2),
         max_missed_tumor_rate=0.01,
-        healthy_above=0.9,
+        healthy_above=0.0 if sure else 0.9,
     )
     info = BundleInfo(
-        label_space=SPACE, members=tuple(members), temperature=0.9, review=review, metrics={},
-        provenance={}, **changes,
+        label_space=SPACE, members=tuple(members), temperature=1e-3 if sure else 0.9,
+        review=review, metrics={}, provenance={}, **changes,
     )  # fmt: skip
     return write_bundle(str(location), info, weights, ["ab" * 32], "a card")
 
@@ -160,11 +160,14 @@ def test_score_rows_in_depth_hold_logits_and_the_first_members_features(tmp_path
         "reason": np.array(["", "io_error", *[""] * 5]),
         **{name: np.array([""] * 7) for name in ("uri", "member", "content_sha256")},
         "pixel_sha256": np.array(["0" * 64] * 7),
+        "position": np.arange(7),
+        "format": np.array(["PNG"] * 7),
+        "gate": np.array([""] * 7),
         "frame_index": np.zeros(7, int),
         "num_frames": np.ones(7, int),
         **{
             f"pixels_{i}": generator.integers(0, 255, (7, s, s), np.uint8)
-            for i, s in ((0, 32), (1, 48))
+            for i, s in enumerate((32, 48, 64))
         },
     }
     plain = Scorer(str(tmp_path / "b"), "cpu", 1)(columns)
@@ -228,7 +231,7 @@ def test_a_member_that_cannot_answer_is_left_out_and_said(tmp_path, fault, caplo
     monkeypatch.setattr(logger, "propagate", True)
     ensemble = Ensemble(Bundle(str(tmp_path / "b")), cascade=True)
     pixels = some_pixels(ensemble)
-    assert [spec.size_px for spec in ensemble.specs] == [48]
+    assert [spec.size_px for spec in ensemble.specs] == [32, 48, 64], "what decodes does not know"
     answers = ensemble.answer(pixels, ["cd" * 32] * 12)
     assert "member m0 does not answer" in caplog.text
     expected = softmax(ensemble.predictor.logits(pixels)[0] / 1.5 / 4.0, axis=1)

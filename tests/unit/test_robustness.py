@@ -33,6 +33,7 @@ def test_every_scan_is_answered_for_every_variant_or_has_none(tmp_path):
         "scan_id": np.array(["a", "b"]),
         "reason": np.array(["", "io_error"]),
         "pixels_0": np.stack([phantom_slice("glioma", 1, 32)] * 2),
+        "pixels_1": np.stack([phantom_slice("glioma", 1, 64)] * 2),
     }
     first, broken = Perturber(str(tmp_path / "bundle"), "cpu", 1)(columns).to_pylist()
     assert broken == {"scan_id": "b", "probs": None}
