@@ -195,20 +195,15 @@ def _plain_score_seconds(bundle: str, source: str, folder: str) -> tuple[int, fl
 
 def _ray_score_seconds(bundle: str, source: str, folder: str) -> tuple[int, float, float]:
     started = time.perf_counter()
-    import pyarrow as pa
-
-    from bt_core.data.catalog import ref_columns
     from bt_core.models.bundle import Bundle
-    from bt_core.scans.archives import list_scans
     from cluster.session import session
-    from jobs.score import score_refs
+    from jobs.score import score_source
 
-    refs = pa.table(ref_columns(list_scans(source).refs))
     with session():
         warm = time.perf_counter()
-        rows = score_refs(Bundle(bundle), refs, f"{folder}/ray", "cpu")
+        manifest, _ = score_source(Bundle(bundle), source, f"{folder}/ray", "cpu")
         ended = time.perf_counter()
-    return rows.num_rows, ended - started, ended - warm
+    return manifest["n_in"], ended - started, ended - warm
 
 
 def _agreement(folder: str) -> float:

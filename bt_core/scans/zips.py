@@ -57,19 +57,17 @@ class ZipSource:
             ) from error
         self._infos = self._zip.infolist()
 
-    def list(self, given: Limits) -> Lister:
+    def list(self, lister: Lister) -> None:
         """List the members.
 
         Raises:
             SourceError: if they are too many, unpack to too much, or share bytes (a bomb).
         """
         _refuse_overlap(self._uri, self._infos, self._zip.start_dir)
-        check_total(self._uri, sum(info.file_size for info in self._infos), given)
-        lister = Lister(self._uri, given)
+        check_total(self._uri, sum(info.file_size for info in self._infos), lister.limits)
         for i, info in enumerate(self._infos):
             if not info.is_dir():
                 lister.add(info.filename, i)
-        return lister
 
     def read(self, ref: ScanRef) -> bytes:
         """Return one member's content.

@@ -63,7 +63,7 @@ def test_bad_files_are_rows_with_reasons_and_exit_code_3(chain, tmp_path, capfd)
         "tiny.png": ("rejected", "image_too_small"),
     }
     assert rows["empty.png"]["predicted_label"] is None
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert summary["n_in"] == 5
     assert summary["skipped_files"] == {"system file": 1}
     assert "5 scans = " in capfd.readouterr().out
