@@ -1,4 +1,4 @@
-"""`bt bench pipeline`: the ceiling and the memory of scoring itself, with a model that costs nothing."""
+"""`bt bench pipeline`: ceiling and memory of scoring itself, with a model that costs nothing."""
 
 import json
 import os
@@ -99,6 +99,7 @@ def _pipeline_figures(folder: str) -> dict[str, Any]:
     from bt_core.scans.preprocess import PreprocessSpec
     from cluster.session import session
 
+    os.environ["BT_MAX_MEMBERS"] = str(10**9)
     source, out = f"{folder}/scans.zip", f"{folder}/out"
     work = ScoreWork(out)
     with session() as resources, _watched() as peaks:

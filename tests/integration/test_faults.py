@@ -309,18 +309,6 @@ def whole_checkpoints(out):
     return [len(state["history"]) for state in states]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 9 MiB: a checkpoint of `cnn_small` fits, a second one does not."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", disk]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
-
-
 def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on(chain, small_disk, capfd):
     out = small_disk / "run"
     words = ["train", "--recipe", "cnn_small", "--data", chain.data, *SMALL]
