@@ -1,4 +1,4 @@
-"""Scoring jobs that are killed, starved of disk or struck by bad scans: each row once, none lost."""
+"""Scoring jobs that are killed, starved of disk or struck by bad scans: each row once."""
 
 import io
 import json
