@@ -68,9 +68,8 @@ def score_manifest(
     configure()
     num_actors, cpus, gpus = actors
     num_actors = num_workers(num_actors, num_left)
-    if num_done:  # the checkpoint's filter holds a CPU, and reading and writing need one
-        spare = float(ray.cluster_resources().get("CPU", 1)) - 2
-        cpus = min(cpus, max(0.0, round(spare / num_actors, 3)))
+    if num_done:  # the checkpoint's filter holds a CPU
+        cpus = max(0.0, round(cpus - 1 / num_actors, 3))
     block_rows = job.num_scans if is_streamed else BLOCK_ROWS
     num_blocks = -(-num_left // block_rows)
     refs = ray.data.read_parquet(work.manifest, filesystem=storage.filesystem(work.manifest)[0])
