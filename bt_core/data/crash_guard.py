@@ -17,8 +17,8 @@ from bt_core import storage
 from bt_core.data.decode_stage import Columns
 
 TRIES_PER_SCAN: Final = 2
-MAX_RESTARTS: Final = 100
-"""Of one scoring actor: over thirty scans that end it, or a model that cannot be loaded at all."""
+MAX_RESTARTS: Final = 30
+"""Of one scoring actor: some ten scans that end it, or a model that cannot be loaded at all."""
 COMPUTE_SECONDS: Final = "compute_seconds"
 """Column that is added: seconds of scoring, shared out evenly over the rows of a batch."""
 

@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from bt_core.data import scoring
 from bt_core.data.manifest import ManifestWriter
 from bt_core.data.publish import publish
 from bt_core.data.score_work import ScoreJob, ScoreWork, locked
-from bt_core.data.scoring import score_manifest
+from bt_core.errors import RunError
 from bt_core.scans.archives import list_scans
 from bt_core.scans.phantom import phantom_slice
 from bt_core.scans.preprocess import PreprocessSpec
@@ -124,7 +125,16 @@ class DeadlyScorer:
         return pa.table({**names, "status": ["failed" if r else "scored" for r in reasons]})
 
 
-def test_scans_that_kill_the_scorer_are_set_aside_and_no_other(ray_session, tmp_path):
+class Stillborn:
+    """A scorer whose process ends while the model is loaded."""
+
+    def __init__(self):
+        os._exit(139)
+
+
+@pytest.fixture
+def begun(ray_session, tmp_path):
+    """A job over 200 scans that was put on record; two of them are called deadly."""
     ray.cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
     content = cv2.imencode(".png", phantom_slice("glioma", 1, 48))[1].tobytes()
     with zipfile.ZipFile(tmp_path / "scans.zip", "w") as file:
@@ -132,15 +142,28 @@ def test_scans_that_kill_the_scorer_are_set_aside_and_no_other(ray_session, tmp_
             file.writestr(f"{'deadly' if i in (20, 150) else 'good'}{i:03d}.png", content)
     work = ScoreWork(str(tmp_path / "out"))
     writer = ManifestWriter(work.manifest)
-    num_scans = list_scans(str(tmp_path / "scans.zip"), sink=writer).num_scans
+    list_scans(str(tmp_path / "scans.zip"), sink=writer)
     writer.close()
     job = ScoreJob(
-        bundle_id="", source="", manifest_digest="", settings={}, bt_version="",
-        num_scans=num_scans, started_at="",
+        bundle_id="", source="", manifest_digest="", settings={}, bt_version="", num_scans=200,
+        started_at="",
     )  # fmt: skip
     work.begin(job)
-    score_manifest(work, (PreprocessSpec(size_px=32),), DeadlyScorer, (), (2, 0.5, 0.0), False)
-    published = publish(work, str(tmp_path / "out"), num_scans)
+    return work
+
+
+SPECS = (PreprocessSpec(size_px=32),)
+
+
+def test_a_scorer_that_never_comes_to_life_ends_the_job_in_one_line(begun, monkeypatch):
+    monkeypatch.setattr(scoring, "MAX_RESTARTS", 2)
+    with pytest.raises(RunError, match=r"process died 2 times .* the same command goes on"):
+        scoring.score_manifest(begun, SPECS, Stillborn, (), (1, 0.5, 0.0), False)
+
+
+def test_scans_that_kill_the_scorer_are_set_aside_and_no_other(begun, tmp_path):
+    scoring.score_manifest(begun, SPECS, DeadlyScorer, (), (2, 0.5, 0.0), False)
+    published = publish(begun, str(tmp_path / "out"), 200)
     assert published.statuses == {"scored": 198, "failed": 2}
     assert published.reasons == {"": 198, "scorer_crashed": 2}
     found = pq.read_table(tmp_path / "out" / "scores").to_pylist()

@@ -26,6 +26,7 @@ from bt_core.data.score_work import ScoreJob, ScoreWork, locked, writing
 from bt_core.errors import RunError, UsageError
 from bt_core.scans.archives import list_scans
 from bt_core.scans.members import ScanRef
+from cluster.session import Resources
 
 JOB = ScoreJob(
     bundle_id="b" * 16,
@@ -285,3 +286,15 @@ def test_progress_says_how_long_it_will_take(monkeypatch, caplog):
         "scored 500 of 1000 scans (10.0/s, 50 s left)"
     ]
     assert [log.duration(s) for s in (89, 600, 3 * 3600 + 300)] == ["89 s", "10 min", "3 h 05 min"]
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "num_nodes", "largest", "actors", "held"),
+    [(2, 1, 2, 2, 1), (8, 1, 8, 8, 4), (4, 2, 2, 4, 1), (48, 4, 16, 48, 16)],
+)
+def test_scorers_leave_cpus_free_even_when_the_largest_node_is_lost(
+    num_cpus, num_nodes, largest, actors, held
+):
+    found = Resources(num_cpus, 0, num_nodes, largest).scorers("cpu")
+    assert found[0] == actors
+    assert found[0] * found[1] == pytest.approx(held, abs=0.03)
