@@ -241,9 +241,10 @@ def test_twenty_kills_at_random_points_leave_no_trace(chain, archive, undisturbe
         process = subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         )
-        victim, after = rng.choice(["driver", "worker"]), rng.uniform(2, 25)
+        victim, at = rng.choice(["driver", "worker"]), rng.randrange(NUM_SCANS)
+        num_before = wait_for_rows(out, process, at if rng.random() < 0.7 else 0)
         try:
-            process.wait(after)
+            process.wait(rng.uniform(0, 5) if num_before else rng.uniform(0, 20))
         except subprocess.TimeoutExpired:
             family = psutil.Process(process.pid).children(recursive=True)
             targets = workers_of(process.pid) if victim == "worker" else [process]
@@ -251,7 +252,7 @@ def test_twenty_kills_at_random_points_leave_no_trace(chain, archive, undisturbe
                 rng.choice(targets).send_signal(signal.SIGKILL)
                 num_kills += 1
                 kills[victim] += 1
-                print(f"kill {num_kills}: {victim} after {after:.1f} s, rows {done(out)}")
+                print(f"kill {num_kills}: {victim} at {ScoreWork(str(out)).num_done()} rows")
             errors = process.communicate()[1]
             for left in family if victim == "driver" else []:  # Ray's own, some of which stay long
                 if left.is_running():
@@ -271,10 +272,6 @@ def test_twenty_kills_at_random_points_leave_no_trace(chain, archive, undisturbe
             assert again.returncode == 3, again.stderr
         assert rows(folder).equals(undisturbed), f"BT_KILL_SEED={seed}"
     assert all(kills.values()), kills
-
-
-def done(out):
-    return ScoreWork(str(out)).num_done()
 
 
 LOSE_A_NODE = """
