@@ -81,14 +81,14 @@ def score_source(
                 started_at=started.isoformat(timespec="seconds"),
             )
             with writing(out):
-                if work.job() is None:
+                if not work.is_begun():
                     clear_scores(out)
                 job = work.begin(job)
             num_before = work.num_done()
             args = (bundle.location, chosen, 1)
             score_manifest(work, specs, Scorer, args, actors, is_streamed(job.source))
     finally:
-        if work.job() is None:
+        if not work.is_begun():
             work.remove()
     with writing(out):
         published = publish(work, out, job.num_scans)
@@ -146,10 +146,9 @@ def _list(work: "ScoreWork", source: str, out: str, overwrite: bool) -> "tuple[L
     is_finished = storage.exists(storage.join(out, MANIFEST_FILE))
     if is_finished:  # what was killed just before it would have removed its work folder
         work.remove()
-    begun = work.job()
-    if has_scores and begun is None and not overwrite:
+    if has_scores and not work.is_begun() and not overwrite:
         raise UsageError(f"{out} holds scores; choose another -o, or pass --overwrite")
-    if begun is not None:
+    if work.is_begun():
         again = RefDigest()
         listing = list_scans(source, sink=again)  # a wrong source does not cost what is done
         if not overwrite:

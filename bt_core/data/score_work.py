@@ -24,7 +24,7 @@ from pyarrow import fs
 
 from bt_core import storage
 from bt_core.config import StrictModel, parse
-from bt_core.errors import RunError, UsageError
+from bt_core.errors import ConfigError, RunError, UsageError
 
 _UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 LOCK_FILE: Final = ".lock"
@@ -61,15 +61,23 @@ class ScoreWork:
         self._job = storage.join(self.folder, "job.json")
         self._counted: dict[str, int] = {}
 
-    def job(self) -> ScoreJob | None:
-        """Return the job that was begun here and not finished, if any.
+    def is_begun(self) -> bool:
+        """Return whether a job was begun here and not finished."""
+        return storage.exists(self._job)
+
+    def job(self) -> ScoreJob:
+        """Return the job that was begun here.
 
         Raises:
-            ConfigError: if it is of a version that wrote other fields.
+            UsageError: if it was begun by a version that wrote other fields.
         """
-        if not storage.exists(self._job):
-            return None
-        return parse(ScoreJob, storage.read_json(self._job), self._job)
+        try:
+            return parse(ScoreJob, storage.read_json(self._job), self._job)
+        except (ValueError, ConfigError) as error:
+            raise UsageError(
+                f"{self._job} is of an unfinished job of another version: finish it with that "
+                "version, choose another -o, or pass --overwrite to begin anew"
+            ) from error
 
     def begin(self, job: ScoreJob) -> ScoreJob:
         """Put a new job on record, or another attempt at the one that was begun.
@@ -77,8 +85,8 @@ class ScoreWork:
         Raises:
             UsageError: if the one that was begun is other work; says what differs.
         """
-        begun = self.job()
-        if begun is not None:
+        if self.is_begun():
+            begun = self.job()
             refuse_other_work(begun, job)
             attempts = begun.num_attempts + 1
             job = begun.model_copy(update={"num_attempts": attempts})

@@ -49,7 +49,7 @@ def score_manifest(
     """Score the scans of a job's manifest that have no row yet.
 
     Args:
-        work: the job's folder, with its manifest; gets rows and checkpoint.
+        work: of a job that was put on record, with its manifest; gets rows and checkpoint.
         specs: preprocessing specs with distinct pixels, in the scorer's order.
         scorer: as in `crash_guard.CrashGuard`.
         scorer_args: its constructor's arguments.
@@ -60,7 +60,6 @@ def score_manifest(
         RunError: if rows cannot be written, or the scorer's process dies again and again.
     """
     job = work.job()
-    assert job is not None, "the job is put on record first"
     num_done = work.num_done()
     num_left = job.num_scans - num_done
     if not num_left:

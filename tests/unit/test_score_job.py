@@ -72,6 +72,9 @@ def test_only_the_same_work_goes_on_and_the_message_says_what_differs(tmp_path):
             work.begin(JOB.model_copy(update={name: value}))
         assert "--overwrite" in str(refused.value)
     assert work.job().num_attempts == 2, "a refused job leaves no trace"
+    (tmp_path / ".work" / "job.json").write_text('{"bundle": "x"}')
+    with pytest.raises(UsageError, match=r"of another version.*--overwrite"):
+        work.begin(JOB)
 
 
 HOLD = """
