@@ -241,10 +241,15 @@ def test_twenty_kills_at_random_points_leave_no_trace(chain, archive, undisturbe
         process = subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         )
-        victim, at = rng.choice(["driver", "worker"]), rng.randrange(NUM_SCANS)
-        num_before = wait_for_rows(out, process, at if rng.random() < 0.7 else 0)
+        victim = rng.choice(["driver", "worker"])
+        if rng.random() < 0.7:
+            num_done = ScoreWork(str(out)).num_done()
+            wait_for_rows(out, process, rng.randrange(num_done, NUM_SCANS + 1))
+            seconds = rng.uniform(0, 3)
+        else:
+            seconds = rng.uniform(0, 40)
         try:
-            process.wait(rng.uniform(0, 5) if num_before else rng.uniform(0, 20))
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             family = psutil.Process(process.pid).children(recursive=True)
             targets = workers_of(process.pid) if victim == "worker" else [process]
