@@ -87,6 +87,7 @@ REASONS: Final[dict[str, str]] = {
     "unsupported_member": "the archive member is a link or a device, not a file",
     "archive_method_unsupported": "the archive member is packed by a method that cannot be read",
     "nested_archive": "the file is an archive inside the source; unpack it first",
+    "scorer_crashed": "scoring ended its worker process twice",
     "decoder_crashed": "decoding ended its worker process, or took too long",
     "unknown_class": "the folder name is not a known class",
     "label_conflict": "copies of the picture stand under different classes",

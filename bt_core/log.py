@@ -28,18 +28,33 @@ class Progress:
     Args:
         what: the work in the past tense, as in `read 3000 of 10000 scans`.
         total: number of scans.
+        done: how many of them were done before.
     """
 
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self._what, self._total, self._done = what, total, done
+        self._before = done
         self._started = self._said = time.monotonic()
 
     def add(self, num_scans: int) -> None:
         """Count scans that are done."""
-        self._done += num_scans
+        self.reach(self._done + num_scans)
+
+    def reach(self, done: int) -> None:
+        """Take note of how many scans are done by now."""
+        self._done = done
         now = time.monotonic()
         if now - self._said < _EVERY_SECONDS or (sys.stderr and sys.stderr.isatty()):
             return
         self._said = now
-        rate = self._done / (now - self._started)
-        logger.info("%s %d of %d scans (%.0f/s)", self._what, self._done, self._total, rate)
+        rate = (done - self._before) / (now - self._started)
+        left = duration((self._total - done) / rate) + " left" if rate else "time left unknown"
+        logger.info("%s %d of %d scans (%.1f/s, %s)", self._what, done, self._total, rate, left)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: `45 s`, `12 min`, `3 h 05 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -27,13 +27,15 @@ class Resources:
     def scorers(self, device: str) -> tuple[int, float, float]:
         """Return number of scoring actors, CPUs and GPUs of each.
 
-        On CPUs, actors hold half of the logical CPUs, so that decoding always finds one; each uses
-        one thread, so actors and threads never exceed the cores.
+        On CPUs, actors hold half of the logical CPUs that are there without the largest node, so
+        that decoding always finds one, even when a node is lost and its actors start on another;
+        each uses one thread, so actors and threads never exceed the cores.
         """
+        lasting = self.num_cpus - (self.largest_node_cpus if self.num_nodes > 1 else 0.0)
         if device == "cuda":
-            return int(self.num_gpus), min(1.0, self.num_cpus / (4 * self.num_gpus)), 1.0
+            return int(self.num_gpus), min(1.0, lasting / (4 * self.num_gpus)), 1.0
         actors = max(1, int(self.num_cpus))
-        return actors, round(self.num_cpus / (2 * actors), 3), 0.0
+        return actors, round(lasting / (2 * actors), 3), 0.0
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def run_audit(
     is not counted.
     """
     rows = []
-    for size in _numbers(sizes):
+    for size in numbers(sizes):
         with tempfile.TemporaryDirectory() as folder:
             write_phantoms(f"{folder}/scans.zip", size, 96)
             row = {"num_scans": size, **apart(_audit_seconds, f"{folder}/scans.zip")}
@@ -197,7 +197,8 @@ def _ray_decode_seconds(path: str) -> tuple[float, float]:
     return seconds[0], seconds[1]
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """Return the numbers of an option such as `6000,30000`; raises UsageError if they are none."""
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:

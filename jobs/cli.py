@@ -10,6 +10,7 @@ from jobs import (
     bench,
     bench_data,
     bench_figures,
+    bench_pipeline,
     bench_score,
     compare,
     demo,
@@ -63,6 +64,7 @@ bench_app.command("train")(command("bench train", bench.run_train))
 bench_app.command("score")(command("bench score", bench_score.run_score))
 bench_app.command("audit")(command("bench audit", bench_data.run_audit))
 bench_app.command("figures")(command("bench figures", bench_figures.run_figures))
+bench_app.command("pipeline")(command("bench pipeline", bench_pipeline.run_pipeline))
 bench_app.command("decode")(command("bench decode", bench_data.run_decode))
 app.add_typer(bench_app, name="bench", no_args_is_help=True)
 recipes_app = typer.Typer(help="What recipes there are, and what one of them builds.")

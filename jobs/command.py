@@ -88,6 +88,7 @@ _LOCATIONS: Final = frozenset(
 _GOES_ON: Final = {
     "train": ": it goes on from its last epoch",
     "tune": ": it goes on from its last trial",
+    "score": ": it goes on with what is not scored yet",
 }
 _SUBMIT = Annotated[
     str | None,

@@ -113,7 +113,7 @@ def _summary(out: str) -> None:
         "runs": "two trained classifiers with curves.png",
         "bundle": "the ensemble, with MODEL_CARD.md",
         "report": "report.html, metrics.json",
-        "scores": "one Parquet row per scan, summary.json",
+        "scores": "one Parquet row per scan, review.csv, manifest.json",
     }
     print("\nproduced:")
     for name, what in produced.items():

@@ -117,7 +117,7 @@ def _places(models: list[str], out: str, overwrite: bool) -> dict[str, str]:
         raise UsageError(f"two models are named alike ({', '.join(names)}); rename a folder")
     places = {name: out if len(names) == 1 else storage.join(out, name) for name in names}
     for place in places.values():
-        for name in ("metrics.json", "summary.json", "scores"):
+        for name in ("metrics.json", "manifest.json", "scores"):
             if storage.exists(storage.join(place, name)) and not overwrite:
                 raise UsageError(f"{place} holds {name}; choose another -o, or pass --overwrite")
         clear_scores(place)

@@ -1,11 +1,11 @@
 """`bt score`: an archive of scans becomes Parquet rows, one for each scan."""
 
+import time
 import uuid
-from collections import Counter
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from bt_core import storage
+from bt_core import __version__, storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, REASONS, UsageError
 from jobs.command import (
     BundleArgument,
@@ -20,7 +20,13 @@ from jobs.command import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from bt_core.data.publish import Published
+    from bt_core.data.score_work import ScoreJob, ScoreWork
     from bt_core.models.bundle import Bundle
+    from bt_core.scans.archives import Listing
+
+MANIFEST_FILE: Final = "manifest.json"
+"""Written last, so its presence means that all scores are there."""
 
 
 def run(
@@ -30,57 +36,76 @@ def run(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> int:
-    """Score every scan of an archive.
+    """Score every scan of an archive; the same command goes on with a job that was killed.
 
     Exit code 3 says that some could not be scored, or that the archive is cut short.
     """
-    import pyarrow as pa
-
-    from bt_core.data.catalog import ref_columns
+    from bt_core.data.score_work import locked
     from bt_core.models.bundle import Bundle
-    from bt_core.scans.archives import list_scans
 
     out = output_folder(out, source)
     opened = Bundle(bundle)
-    listing = list_scans(source)
-    _clear(out, overwrite)
-    started = datetime.now(UTC)
-    scores = score_refs(opened, pa.table(ref_columns(listing.refs)), out, device)
-    counts = _counts(scores)
-    reasons = dict(Counter(r for r in scores["reason"].to_pylist() if r))
-    seconds = (datetime.now(UTC) - started).total_seconds()
-    storage.write_json(
-        storage.join(out, "summary.json"),
-        {
-            "n_in": len(listing.refs),
-            **counts,
-            "reasons": reasons,
-            "skipped_files": listing.skipped,
-            "bundle_id": opened.info.bundle_id,
-            "source": storage.absolute(source),
-            "started_at": started.isoformat(timespec="seconds"),
-            "seconds": round(seconds, 2),
-            "scans_per_second": round(len(listing.refs) / seconds, 1),
-        },
-    )
-    print(
-        f"{len(listing.refs)} scans = "
-        + " + ".join(f"{count} {status}" for status, count in counts.items())
-        + f"  ({len(listing.refs) / seconds:.1f} scans/s)"
-    )
-    for reason, count in sorted(reasons.items()):
-        print(f"  {count} {reason}: {REASONS[reason]}")
-    for why, count in listing.skipped.items():
-        print(f"  skipped {count}: {why}")
-    print(f"scores in {out}")
-    is_whole = listing.is_whole and not counts["rejected"] + counts["failed"]
+    with locked(out):
+        manifest, is_whole = score_source(opened, source, out, device, overwrite)
+    _print_summary(manifest, out)
+    is_whole = is_whole and not manifest["rejected"] + manifest["failed"]
     return EXIT_OK if is_whole else EXIT_INCOMPLETE
+
+
+def score_source(
+    bundle: "Bundle", source: str, out: str, device: str, overwrite: bool = False
+) -> tuple[dict[str, Any], bool]:
+    """Score a source, or what a killed job left of it, into a folder that no other job works on.
+
+    Returns:
+        The content of `manifest.json`, and whether the source was whole.
+    """
+    from bt_core.data.publish import publish
+    from bt_core.data.score_work import ScoreJob, ScoreWork, writing
+    from bt_core.data.scoring import score_manifest
+    from bt_core.data.stream import is_streamed
+    from bt_core.ensemble.scorer import Scorer
+
+    work = ScoreWork(out)
+    started, clock = datetime.now(UTC), time.monotonic()
+    try:
+        listing, digest = _list(work, source, out, overwrite)
+        with placed(bundle, device) as (specs, chosen, actors):
+            job = ScoreJob(
+                bundle_id=bundle.info.bundle_id,
+                source=storage.absolute(source),
+                manifest_digest=digest,
+                settings={"device": chosen},
+                bt_version=__version__,
+                num_scans=listing.num_scans,
+                started_at=started.isoformat(timespec="seconds"),
+            )
+            with writing(out):
+                if not work.is_begun():
+                    clear_scores(out)
+                job = work.begin(job)
+            num_before = work.num_done()
+            args = (bundle.location, chosen, 1)
+            score_manifest(work, specs, Scorer, args, actors, is_streamed(job.source))
+    finally:
+        if not work.is_begun():
+            work.remove()
+    with writing(out):
+        published = publish(work, out, job.num_scans)
+        seconds = time.monotonic() - clock
+        manifest = _manifest(job, listing, published, seconds, job.num_scans - num_before)
+        storage.write_json(storage.join(out, MANIFEST_FILE), manifest)
+        work.remove()
+    return manifest, listing.is_whole
 
 
 def score_refs(
     bundle: "Bundle", refs: "pa.Table", out: str, device: str, in_depth: bool = False
 ) -> "pa.Table":
-    """Score listed scans into the folder `scores` below `out`, all rows or none, and return them.
+    """Score a few thousand listed scans at once into the folder `scores` below `out`.
+
+    Returns:
+        All rows; none is written if it is not all of them.
 
     Raises:
         RuntimeError: if the rows are not those of the refs, which would be a defect of this
@@ -99,28 +124,85 @@ def score_refs(
     return scores
 
 
-def _counts(scores: "pa.Table") -> dict[str, int]:
-    from bt_core.ensemble.scorer import STATUSES
-
-    found: dict[str, Any] = Counter(scores["status"].to_pylist())
-    return {status: found.get(status, 0) for status in STATUSES}
-
-
-def _clear(out: str, overwrite: bool) -> None:
-    """Make room for new scores or refuse; remove what an interrupted job left."""
-    summary = storage.join(out, "summary.json")
-    if storage.exists(summary) or storage.exists(storage.join(out, "scores")):
-        if not overwrite:
-            raise UsageError(f"{out} holds scores; choose another -o, or pass --overwrite")
-        storage.remove_file(summary)
-    clear_scores(out)
-
-
 def clear_scores(out: str) -> None:
-    """Remove scores below a folder, and what an interrupted job left of some."""
+    """Remove scores below a folder, and what an interrupted `score_refs` left of some."""
+    storage.remove_file(storage.join(out, MANIFEST_FILE))
+    storage.remove_file(storage.join(out, "review.csv"))
     for name in storage.list_dirs(out):
         if name == "scores" or (name.startswith("scores.") and name.endswith(".tmp")):
             storage.remove_dir(storage.join(out, name))
+
+
+def _list(work: "ScoreWork", source: str, out: str, overwrite: bool) -> "tuple[Listing, str]":
+    """List a source into the work folder, or once more for a job that goes on; or refuse.
+
+    Returns:
+        The listing without its refs, and their digest.
+    """
+    from bt_core.data.manifest import ManifestWriter, RefDigest
+    from bt_core.scans.archives import list_scans
+
+    has_scores = any(storage.exists(storage.join(out, n)) for n in (MANIFEST_FILE, "scores"))
+    is_finished = storage.exists(storage.join(out, MANIFEST_FILE))
+    if is_finished:  # what was killed just before it would have removed its work folder
+        work.remove()
+    if has_scores and not work.is_begun() and not overwrite:
+        raise UsageError(f"{out} holds scores; choose another -o, or pass --overwrite")
+    if work.is_begun():
+        again = RefDigest()
+        listing = list_scans(source, sink=again)  # a wrong source does not cost what is done
+        if not overwrite:
+            return listing, again.hexdigest()
+    work.remove()
+    writer = ManifestWriter(work.manifest)
+    listing = list_scans(source, sink=writer)
+    writer.close()
+    return listing, writer.hexdigest()
+
+
+def _manifest(
+    job: "ScoreJob", listing: "Listing", published: "Published", seconds: float, num_scored: int
+) -> dict[str, Any]:
+    """Return the content of `manifest.json`; `seconds` are of the last attempt, as its rate is."""
+    from bt_core.ensemble.scorer import STATUSES
+    from bt_core.models.run import environment
+
+    return {
+        "n_in": job.num_scans,
+        **{status: published.statuses[status] for status in STATUSES},
+        "reasons": {reason: n for reason, n in sorted(published.reasons.items()) if reason},
+        "skipped_files": listing.skipped,
+        "is_whole": listing.is_whole,
+        "bundle_id": job.bundle_id,
+        "source": job.source,
+        "manifest_digest": job.manifest_digest,
+        "settings": job.settings,
+        "parts": published.parts,
+        "versions": environment(),
+        "attempts": job.num_attempts,
+        "started_at": job.started_at,
+        "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 2),
+        "compute_seconds": round(published.compute_seconds, 2),
+        "scans_per_second": round(num_scored / seconds, 1),
+    }
+
+
+def _print_summary(manifest: dict[str, Any], out: str) -> None:
+    from bt_core.ensemble.scorer import STATUSES
+
+    print(
+        f"{manifest['n_in']} scans = "
+        + " + ".join(f"{manifest[status]} {status}" for status in STATUSES)
+        + f"  ({manifest['scans_per_second']} scans/s)"
+    )
+    for reason, count in manifest["reasons"].items():
+        print(f"  {count} {reason}: {REASONS[reason]}")
+    for why, count in manifest["skipped_files"].items():
+        print(f"  skipped {count}: {why}")
+    if manifest["attempts"] > 1:
+        print(f"done in {manifest['attempts']} attempts")
+    print(f"scores in {out}, what a person should look at in {storage.join(out, 'review.csv')}")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,18 @@ def chain(ray_session, tmp_path_factory):
     return Chain(root, archive, data, runs, bundle, root / "report", root / "scores")
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 9 MiB: a checkpoint of `cnn_small` fits, a second one does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _environment():
     """A job that Ray starts as `python` finds this environment's."""

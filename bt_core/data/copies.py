@@ -130,7 +130,7 @@ def docket_csv(
     for number, rows in enumerate(conflicts, 1):
         for row in catalog.select(["scan_id", "member", "label"]).take(pa.array(rows)).to_pylist():
             decision = (decisions or {}).get(row["scan_id"], "")
-            member = _plain_cell(row["member"])
+            member = plain_cell(row["member"])
             writer.writerow({"conflict": number, **row, "member": member, "decision": decision})
     return text.getvalue().encode()
 
@@ -215,7 +215,7 @@ def _docket_rows(text: str) -> tuple[list[str], list[dict[str, str]]]:
     return header, [dict(pairs) for pairs in cells]
 
 
-def _plain_cell(text: str) -> str:
+def plain_cell(text: str) -> str:
     """Return a file name so that no spreadsheet takes it for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 

@@ -27,12 +27,12 @@ from bt_core.data.thumbnails import SPECTRUM_LENGTH, THUMBNAIL
 from bt_core.log import Progress
 from bt_core.scans.preprocess import PreprocessSpec
 
-_SCORE_BATCH: Final = 64
+SCORE_BATCH: Final = 64
 _SEARCH_ROWS: Final = 2048
-_BLOCK_ROWS: Final = 1024
+BLOCK_ROWS: Final = 1024
 _MAP_BLOCK_ROWS: Final = 64
 """Where work takes long for each scan, so that all actors have some and its progress is seen."""
-_SCANS_WORTH_AN_ACTOR: Final = 256
+SCANS_WORTH_AN_ACTOR: Final = 256
 _MAPS_WORTH_AN_ACTOR: Final = 16
 _STARVED_AFTER_SECONDS: Final = 300
 
@@ -48,7 +48,7 @@ def configure() -> None:
     context.enable_progress_bars = sys.stderr.isatty()
 
 
-def decode(refs: pa.Table, stage: RowStage, block_rows: int = _BLOCK_ROWS) -> ray.data.Dataset:
+def decode(refs: pa.Table, stage: RowStage, block_rows: int = BLOCK_ROWS) -> ray.data.Dataset:
     """Run a stage over scan refs in guarded tasks, in parallel over the cluster.
 
     Args:
@@ -198,7 +198,7 @@ def score(
             as long as scoring hundreds of scans), and logical CPUs and GPUs that each holds; leave
             at least one CPU for decoding.
     """
-    work = _in_actors(refs, specs, scorer, scorer_args, actors, _SCANS_WORTH_AN_ACTOR)
+    work = _in_actors(refs, specs, scorer, scorer_args, actors, SCANS_WORTH_AN_ACTOR)
     with bounded_retries():
         work.write_parquet(
             output,
@@ -242,22 +242,27 @@ def _in_actors(
     worker_args: tuple[Any, ...],
     actors: tuple[int, float, float],
     scans_worth_one: int,
-    block_rows: int = _BLOCK_ROWS,
+    block_rows: int = BLOCK_ROWS,
 ) -> ray.data.Dataset:
     """Return decoded scans, worked on in batches by as many actors as are worth their start."""
     num_actors, cpus_per_actor, num_gpus_per_actor = actors
-    size = max(1, min(num_actors, refs.num_rows // scans_worth_one))
+    size = num_workers(num_actors, refs.num_rows, scans_worth_one)
     with bounded_retries():
         return decode(refs, DecodeStage(specs), block_rows).map_batches(
             worker,
             fn_constructor_args=worker_args,
-            batch_size=min(_SCORE_BATCH, scans_worth_one),
+            batch_size=min(SCORE_BATCH, scans_worth_one),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size),
             num_cpus=cpus_per_actor,
             num_gpus=num_gpus_per_actor or None,
             max_restarts=MAX_RETRIES,
             max_task_retries=MAX_RETRIES,
         )
+
+
+def num_workers(at_most: int, num_scans: int, worth_one: int = SCANS_WORTH_AN_ACTOR) -> int:
+    """Return how many actors are worth their start for so many scans: one at least."""
+    return max(1, min(at_most, num_scans // worth_one))
 
 
 def check_rows(refs: pa.Table, rows: pa.Table) -> None:

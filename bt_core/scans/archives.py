@@ -7,7 +7,7 @@ an archive declares are never trusted for memory: members are read with a hard c
 import os
 import posixpath
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import lru_cache
 from typing import Final
@@ -15,9 +15,9 @@ from typing import Final
 from pyarrow import fs
 
 from bt_core import storage
-from bt_core.errors import ScanError, SourceError, UsageError
+from bt_core.errors import BtError, ScanError, SourceError, UsageError
 from bt_core.scans.folders import add_file, list_folder, read_file
-from bt_core.scans.limits import Limits, limits
+from bt_core.scans.limits import limits
 from bt_core.scans.members import (
     GZIP_MAGIC,
     OTHER_ARCHIVE_MAGIC,
@@ -51,7 +51,9 @@ _REMEMBERED_SECONDS: Final = 30
 """How long a remote archive is taken to be the same without asking its store again."""
 
 
-def list_scans(source: str, hash_key: bytes | None = None) -> Listing:
+def list_scans(
+    source: str, hash_key: bytes | None = None, sink: Callable[[ScanRef], None] | None = None
+) -> Listing:
     """List the scans of a source without decoding them.
 
     A source is a folder, an archive (zip, tar, tar.gz, tar.zst), a list (CSV, TSV, Parquet; see
@@ -62,6 +64,7 @@ def list_scans(source: str, hash_key: bytes | None = None) -> Listing:
     Args:
         source: path or URI.
         hash_key: key for the hashes that stand for a list's patients; None leaves them out.
+        sink: takes each ref as it is found, for sources of any size; the listing then holds none.
 
     Raises:
         SourceError: if the source is missing, of another kind, empty, over the limits, or a zip
@@ -70,7 +73,7 @@ def list_scans(source: str, hash_key: bytes | None = None) -> Listing:
     """
     storage.refuse_secrets(source)
     source = storage.absolute(source)
-    given = limits()
+    lister = Lister(source, limits(), sink)
     try:
         filesystem, path = storage.filesystem(source)
         kind = filesystem.get_file_info(path).type
@@ -79,8 +82,8 @@ def list_scans(source: str, hash_key: bytes | None = None) -> Listing:
                 f"{storage.redact(source)} does not exist; give a folder, an archive (zip, tar), "
                 "a list (CSV, Parquet) or a scan file"
             )
-        lister = _list(source, kind, given, hash_key)
-    except UsageError:
+        _list(lister, kind, hash_key)
+    except BtError:
         raise
     except Exception as error:  # a store's own errors
         raise SourceError(
@@ -180,17 +183,17 @@ def _first_block(uri: str) -> bytes:
             return b""
 
 
-def _list(source: str, kind: fs.FileType, given: Limits, hash_key: bytes | None) -> Lister:
+def _list(lister: Lister, kind: fs.FileType, hash_key: bytes | None) -> None:
+    source = lister.uri
     if kind == fs.FileType.Directory:
-        return list_folder(source, given)
+        return list_folder(lister)
     if kind != fs.FileType.File:
         raise SourceError(f"{source} is neither a folder nor a regular file")
     if source.lower().endswith(SUFFIXES):
-        return read_list(source, given, hash_key)
+        return read_list(lister, hash_key)
     archive = open_archive(source)
     if archive is not None:
-        return archive.list(given)
-    folder, name = posixpath.split(source)
-    lister = Lister(folder, given)
+        return archive.list(lister)
+    lister.uri, name = posixpath.split(source)
     add_file(lister, name)
-    return lister
+    return None

@@ -14,23 +14,23 @@ from pyarrow import fs
 
 from bt_core import storage
 from bt_core.errors import ScanError, SourceError
-from bt_core.scans.limits import Limits, limits
+from bt_core.scans.limits import limits
 from bt_core.scans.members import UNREADABLE_FOLDER, Lister, ScanRef, check_bytes
 
 _PLAIN: Final = -1
 _ESCAPED: Final = -2
 
 
-def list_folder(source: str, given: Limits) -> Lister:
+def list_folder(lister: Lister) -> None:
     """List the files of a folder and of the folders below it, sorted by name.
 
     Raises:
         SourceError: if it cannot be listed, or has too many files.
     """
-    lister = Lister(source, given)
+    source = lister.uri
     filesystem, path = storage.filesystem(source)
     try:
-        names = storage.list_files(source) if not _is_local(filesystem) else _walk(path, lister)
+        names = sorted(_walk(path, lister) if _is_local(filesystem) else storage.list_files(source))
     except UnicodeDecodeError:
         raise SourceError(
             f"{storage.redact(source)} holds a file name that is not UTF-8; rename it"
@@ -41,8 +41,6 @@ def list_folder(source: str, given: Limits) -> Lister:
         ) from error
     for name in names:
         add_file(lister, name)
-    lister.refs.sort(key=lambda ref: ref.member)
-    return lister
 
 
 def add_file(lister: Lister, name: str) -> None:

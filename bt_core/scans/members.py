@@ -5,6 +5,7 @@ import os
 import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -63,10 +64,17 @@ class ScanRef:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds: scans, and how many other files were passed over and why."""
+    """What a source holds: scans, and how many other files were passed over and why.
+
+    Attributes:
+        refs: the scans; none if they were given to a sink as they were found.
+        skipped: why files were passed over, and how many.
+        num_scans: how many scans there are, in `refs` or given to the sink.
+    """
 
     refs: list[ScanRef]
     skipped: dict[str, int] = field(default_factory=dict)
+    num_scans: int = 0
 
     @property
     def is_whole(self) -> bool:
@@ -80,14 +88,17 @@ class Lister:
     Args:
         uri: the source.
         limits: how many files it may have.
+        sink: takes each ref instead of `refs`, so that no memory is needed for them.
     """
 
-    def __init__(self, uri: str, limits: Limits) -> None:
-        self.uri = uri
+    def __init__(
+        self, uri: str, limits: Limits, sink: Callable[[ScanRef], None] | None = None
+    ) -> None:
+        self.uri, self.limits, self.sink = uri, limits, sink
         self.refs: list[ScanRef] = []
         self.skipped: Counter[str] = Counter()
-        self._limits = limits
-        self._seen: Counter[str] = Counter()
+        self.num_scans = 0
+        self._seen: dict[int, int] = {}
 
     def add(self, name: str, position: int, member: str | None = None) -> None:
         """Add a file by its name, unless it is one to skip.
@@ -115,23 +126,28 @@ class Lister:
 
     def append(self, ref: ScanRef) -> None:
         """Add a ref as it is; raises SourceError if there are too many files."""
-        self.refs.append(ref)
-        if len(self.refs) > self._limits.max_members:
+        self.num_scans += 1
+        if self.num_scans > self.limits.max_members:
             raise SourceError(
                 f"{storage.redact(self.uri)} holds more files than the limit of "
-                f"{self._limits.max_members}; set BT_MAX_MEMBERS to raise it"
+                f"{self.limits.max_members}; set BT_MAX_MEMBERS to raise it"
             )
+        (self.sink or self.refs.append)(ref)
 
     def next_id(self, name: str) -> str:
         """Return the scan_id of the next file of this name."""
-        digest = hashlib.sha256(f"{name}\0{self._seen[name]}".encode("utf-8", "surrogateescape"))
-        self._seen[name] += 1
-        return digest.hexdigest()[:20]
+        raw = name.encode("utf-8", "surrogateescape")
+        # 64 bits of a digest take a third of a name's memory, and would meet by chance once in
+        # 10^7 sources of a million files; the two ids would differ even then.
+        key = int.from_bytes(hashlib.sha256(raw).digest()[:8])
+        number = self._seen.get(key, 0)
+        self._seen[key] = number + 1
+        return hashlib.sha256(b"%b\0%d" % (raw, number)).hexdigest()[:20]
 
     def listing(self, source: str) -> Listing:
         """Return what was collected of a source; raises SourceError if there is no scan."""
-        if self.refs:
-            return Listing(self.refs, dict(self.skipped))
+        if self.num_scans:
+            return Listing(self.refs, dict(self.skipped), self.num_scans)
         why = ", ".join(f"{count} {why}" for why, count in self.skipped.items())
         raise SourceError(
             f"{storage.redact(source)} holds no scans{f' (skipped: {why})' if why else ''}; looked "

@@ -38,12 +38,11 @@ _COLUMNS: Final = {
 _MAX_LIST_BYTES: Final = 512 * 1024**2
 
 
-def read_list(source: str, given: Limits, hash_key: bytes | None) -> Lister:
+def read_list(lister: Lister, hash_key: bytes | None) -> None:
     """List the scans that a table names; whether they exist is seen when they are read.
 
     Args:
-        source: the table.
-        given: how many rows it may have.
+        lister: of the table; takes its rows.
         hash_key: key for the hashes that stand for the patients (`identity.patient_hash`, which
             gives none for placeholders such as ANONYMOUS); None leaves them out.
 
@@ -51,9 +50,9 @@ def read_list(source: str, given: Limits, hash_key: bytes | None) -> Lister:
         SourceError: if the table cannot be read, is too long, has no column of paths, or one of
             them holds a secret.
     """
-    lister = Lister(source, given)
+    source = lister.uri
     folder = posixpath.dirname(source)
-    for number, row in enumerate(_rows(source, given), 1):
+    for number, row in enumerate(_rows(source, lister.limits), 1):
         path, label, split, patient, *attributes = (text.strip() for text in row)
         uri, member = _place(folder, path)
         try:
@@ -65,7 +64,6 @@ def read_list(source: str, given: Limits, hash_key: bytes | None) -> Lister:
         hashed = patient_hash(patient, hash_key)
         scan_id = lister.next_id(path)
         lister.append(ScanRef(scan_id, uri, member, -1, label, split, hashed, tuple(attributes)))
-    return lister
 
 
 def _place(folder: str, path: str) -> tuple[str, str]:

@@ -51,24 +51,22 @@ class TarSource:
         self._size = file.seek(0, os.SEEK_END)
         weakref.finalize(self, file.close)
 
-    def list(self, given: Limits) -> Lister:
+    def list(self, lister: Lister) -> None:
         """List the members; what follows a damaged header cannot be found, which is counted.
 
         Raises:
             SourceError: if they are too many or too large together, or it cannot be read.
         """
-        lister = Lister(self._uri, given)
         total = start = 0
         try:
             while member := self._header(start):
                 if not member.is_hidden:
                     lister.add(member.name, member.start)
                 total += min(member.size, self._size - member.data) if member.is_file else 0
-                check_total(self._uri, total, given)
+                check_total(self._uri, total, lister.limits)
                 start = member.end
         except TarDamage:
             lister.skipped[CUT] += 1
-        return lister
 
     def read(self, ref: ScanRef) -> bytes:
         """Return one member's content; its header is read again and must still fit.
@@ -105,14 +103,13 @@ class StreamedTar:
     def __init__(self, uri: str) -> None:
         self._uri = uri
 
-    def list(self, given: Limits) -> Lister:
+    def list(self, lister: Lister) -> None:
         """List the members in one pass over the archive, which also checks that it unpacks.
 
         Raises:
             SourceError: if they are too many, or unpack to too much (a bomb), or it cannot be read.
         """
-        lister = Lister(self._uri, given)
-        with closing(open_stream(self._uri, given)) as stream:
+        with closing(open_stream(self._uri, lister.limits)) as stream:
             try:
                 start = 0
                 while member := read_header(stream, start):
@@ -123,7 +120,6 @@ class StreamedTar:
                 stream.skip_rest()
             except DAMAGE:
                 lister.skipped[CUT] += 1
-        return lister
 
     def members(self) -> Iterator[tuple[ScanRef, bytes | ScanError]]:
         """Yield every listed member with its content, or why it has none, in the archive's order.

@@ -212,7 +212,7 @@ def test_reports_are_held_against_each_other_and_against_a_requirement(chain, tm
 
 
 def test_scores_account_for_every_scan_and_know_what_was_trained_on(chain):
-    summary = json.loads((chain.scores / "summary.json").read_text())
+    summary = json.loads((chain.scores / "manifest.json").read_text())
     statuses = ("scored", "deferred", "rejected", "failed")
     assert summary["n_in"] == 80 == sum(summary[status] for status in statuses)
     scores = {row["scan_id"]: row for row in rows(chain.scores / "scores")}

@@ -63,7 +63,7 @@ def test_bad_files_are_rows_with_reasons_and_exit_code_3(chain, tmp_path, capfd)
         "tiny.png": ("rejected", "image_too_small"),
     }
     assert rows["empty.png"]["predicted_label"] is None
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert summary["n_in"] == 5
     assert summary["skipped_files"] == {"system file": 1}
     assert "5 scans = " in capfd.readouterr().out
@@ -307,18 +307,6 @@ def whole_checkpoints(out):
     assert all(pq.read_table(folder / "validation.parquet").num_rows for folder in folders)
     assert not list(out.rglob("*.tmp"))
     return [len(state["history"]) for state in states]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 9 MiB: a checkpoint of `cnn_small` fits, a second one does not."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", disk]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on(chain, small_disk, capfd):

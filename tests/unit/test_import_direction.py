@@ -34,6 +34,7 @@ ONLY_IN = {
     "ray": (
         "bt_core/data/guard.py",
         "bt_core/data/pipeline.py",
+        "bt_core/data/scoring.py",
         "bt_core/data/views.py",
         "bt_core/training/worker.py",
         "bt_core/training/launch.py",

@@ -57,6 +57,18 @@ def test_a_member_that_swells_is_too_large(tmp_path: Path) -> None:
     assert refusal(list_scans(source).refs[0]).reason == "member_too_large"
 
 
+def test_a_zip_behind_a_program_and_with_more_members_than_16_bits_count(tmp_path: Path) -> None:
+    members = [(f"{i}.png", b"%d" % i) for i in range(66_000)]
+    path = make_zip(tmp_path / "scans.zip", members)
+    path.write_bytes(b"#!/bin/sh\n" + path.read_bytes())
+    refs = list_scans(str(path)).refs
+    assert [(ref.member, ref.position) for ref in refs] == [
+        (name, i) for i, (name, _) in enumerate(members)
+    ]
+    for i in (0, 63, 64, 40_000, 65_999):
+        assert read_member(refs[i]) == b"%d" % i
+
+
 def test_a_small_member_may_swell(tmp_path: Path) -> None:
     zeros = bytes(1024**2)
     source = str(make_zip(tmp_path / "scans.zip", [("a.png", zeros)], zipfile.ZIP_DEFLATED))

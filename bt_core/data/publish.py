@@ -1,0 +1,179 @@
+"""From the rows of a finished job, in no order, to sorted files; a part at a time is in memory.
+
+The rows are dealt out by ranges of scan_id to files below the work folder, then each range is
+sorted, held against the manifest, and written. scan_ids are digests, so ranges of equal width hold
+about equally many; were they not, parts would be of unequal size and nothing else.
+"""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bt_core import storage
+from bt_core.data.copies import plain_cell
+from bt_core.data.crash_guard import COMPUTE_SECONDS
+from bt_core.data.score_work import ScoreWork
+from bt_core.errors import REASONS
+
+PART_ROWS: Final = 25_000
+REVIEW_COLUMNS: Final = (
+    "scan_id", "member", "status", "reason", "reason_in_words", "predicted_label", "confidence",
+)  # fmt: skip
+_SCORED: Final = "scored"
+
+
+@dataclass
+class Published:
+    """What was written: counts by status and by reason, seconds of scoring, and the files."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    compute_seconds: float = 0.0
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    """Of each file: file, num_rows, sha256."""
+
+
+def publish(work: ScoreWork, out: str, num_scans: int, part_rows: int = PART_ROWS) -> Published:
+    """Write `scores/part-NNNNN.parquet`, sorted by scan_id within and across, and `review.csv`.
+
+    Args:
+        work: of a job whose scans are all done.
+        out: output folder, without `scores`.
+        num_scans: how many the manifest has.
+        part_rows: rows of one file, about.
+
+    Raises:
+        RuntimeError: if the rows are not those of the manifest, each once; nothing is written.
+    """
+    num_parts = -(-num_scans // part_rows)
+    starts = np.array([f"{(i << 32) // num_parts:08x}" for i in range(num_parts)])
+    dealt = storage.join(work.folder, "dealt")
+    for left in (dealt, work.parts, storage.join(out, "scores")):  # of an attempt that was killed
+        storage.remove_dir(left)
+    _deal(_tables(work.manifest, ["scan_id"]), starts, storage.join(dealt, "refs"))
+    _deal(_tables(work.rows), starts, storage.join(dealt, "rows"))
+    published = Published()
+    review = storage.join(work.folder, "review.csv")
+    filesystem, path = storage.filesystem(review)
+    with filesystem.open_output_stream(path) as file:
+        file.write(_csv([dict(zip(REVIEW_COLUMNS, REVIEW_COLUMNS, strict=True))]))
+        for i in range(num_parts):
+            expected = _sorted(storage.join(dealt, "refs", f"{i:05d}"))
+            rows = _sorted(storage.join(dealt, "rows", f"{i:05d}"))
+            _check(expected, rows)
+            if rows is not None:
+                file.write(_csv(_to_review(rows)))
+                _add(published, rows, work.parts)
+    storage.move_dir(work.parts, storage.join(out, "scores"))
+    _, target = storage.filesystem(storage.join(out, "review.csv"))
+    filesystem.move(path, target)
+    return published
+
+
+def _tables(folder: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Yield the rows of a folder's files, some thousand at a time."""
+    filesystem, root = storage.filesystem(folder)
+    held: list[pa.Table] = []
+    for name in storage.list_files(folder, ".parquet"):
+        with filesystem.open_input_file(f"{root}/{name}") as file:
+            held.append(pq.read_table(file, columns=columns))
+        if sum(table.num_rows for table in held) >= PART_ROWS:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _deal(tables: Iterator[pa.Table], starts: np.ndarray, folder: str) -> None:
+    """Append every row to the file of its range, NNNNN, an Arrow stream; some may get none."""
+    filesystem, root = storage.filesystem(folder)
+    filesystem.create_dir(root, recursive=True)
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    writers: dict[int, Any] = {}
+    with ExitStack() as stack:
+        for table in tables:
+            table = table.sort_by("scan_id")
+            part_N = np.searchsorted(starts, _ids(table), side="right") - 1
+            ends = np.searchsorted(part_N, np.arange(len(starts)), side="right").tolist()
+            for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+                if start == end:
+                    continue
+                if i not in writers:
+                    sink = stack.enter_context(filesystem.open_output_stream(f"{root}/{i:05d}"))
+                    stream = pa.ipc.new_stream(sink, table.schema, options=options)
+                    writers[i] = stack.enter_context(stream)
+                writers[i].write_table(table.slice(start, end - start))
+
+
+def _ids(table: pa.Table) -> np.ndarray:
+    return np.array(table["scan_id"].to_pylist(), np.str_)
+
+
+def _sorted(location: str) -> pa.Table | None:
+    """Return the rows of a range sorted by scan_id; None if it has none."""
+    if not storage.exists(location):
+        return None
+    filesystem, path = storage.filesystem(location)
+    with filesystem.open_input_stream(path) as file, pa.ipc.open_stream(file) as stream:
+        return stream.read_all().sort_by("scan_id").combine_chunks()
+
+
+def _check(refs: pa.Table | None, rows: pa.Table | None) -> None:
+    """Raise RuntimeError unless the rows of a range are those of the refs, each once."""
+    expected = [] if refs is None else refs["scan_id"].to_pylist()
+    found = [] if rows is None else rows["scan_id"].to_pylist()
+    if found == expected and len(set(expected)) == len(expected):
+        return
+    missing, strange = len(set(expected) - set(found)), len(set(found) - set(expected))
+    doubled = len(found) - len(set(found))
+    raise RuntimeError(
+        f"{missing} scans have no row, {doubled} rows are doubled and {strange} are of no scan: "
+        "nothing was published; if another job was working on this folder, begin anew with "
+        "--overwrite, else this is a defect"
+    )
+
+
+def _add(published: Published, rows: pa.Table, folder: str) -> None:
+    for name, counts in (("status", published.statuses), ("reason", published.reasons)):
+        counts.update(
+            dict(tuple(each.values()) for each in pc.value_counts(rows[name]).to_pylist())
+        )
+    published.compute_seconds += pc.sum(rows[COMPUTE_SECONDS]).as_py() or 0.0
+    plain = rows.drop_columns([COMPUTE_SECONDS]).replace_schema_metadata(None)
+    sink = pa.BufferOutputStream()
+    pq.write_table(plain, sink, compression="zstd")
+    content = sink.getvalue().to_pybytes()
+    name = f"part-{len(published.parts):05d}.parquet"
+    storage.write_bytes(storage.join(folder, name), content)
+    digest = storage.sha256(content)
+    part = {"file": f"scores/{name}", "num_rows": plain.num_rows, "sha256": digest}
+    published.parts.append(part)
+
+
+def _to_review(rows: pa.Table) -> list[dict[str, Any]]:
+    """Return the lines of `review.csv`: all rows but those that were answered without a doubt."""
+    columns = [name for name in REVIEW_COLUMNS if name in rows.column_names]
+    seen = rows.filter(pc.not_equal(rows["status"], _SCORED)).select(columns).to_pylist()
+    return [
+        {
+            **row,
+            "member": plain_cell(row["member"]),
+            "reason_in_words": REASONS.get(row["reason"], ""),
+        }
+        for row in seen
+    ]
+
+
+def _csv(lines: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    csv.DictWriter(text, REVIEW_COLUMNS, lineterminator="\n").writerows(lines)
+    return text.getvalue().encode()

@@ -1,0 +1,189 @@
+"""The work folder of a scoring job, by which a killed one goes on; gone when it is finished.
+
+::
+
+    OUT/.lock           held by the one job that works on OUT
+    OUT/.work/
+        job.json        ScoreJob; its presence means that the manifest is whole
+        manifest/       which scans there are (`manifest.ManifestWriter`)
+        checkpoint/     scan_ids of the rows that are done, by Ray Data; `*.pending.parquet` are not
+        rows/           these rows, in no order, and those of writes that did not end
+        tries-N/        what the scorers of attempt N were working on (`crash_guard`)
+        parts/          the sorted rows, until they move to OUT/scores
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final
+
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from pyarrow import fs
+
+from bt_core import storage
+from bt_core.config import StrictModel, parse
+from bt_core.errors import ConfigError, RunError, UsageError
+
+_UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+LOCK_FILE: Final = ".lock"
+_SAME: Final = ("bundle_id", "source", "manifest_digest", "settings", "bt_version")
+
+
+class ScoreJob(StrictModel):
+    """What is scored, by what, how often it was started; the first five decide if it may go on."""
+
+    bundle_id: str
+    source: str
+    manifest_digest: str
+    """Of the refs in the order of their listing."""
+    settings: dict[str, str]
+    bt_version: str
+    num_scans: int
+    started_at: str
+    num_attempts: int = 1
+
+
+class ScoreWork:
+    """The work folder of an output folder.
+
+    Args:
+        out: the output folder.
+    """
+
+    def __init__(self, out: str) -> None:
+        self.folder = storage.join(out, ".work")
+        self.manifest = storage.join(self.folder, "manifest")
+        self.checkpoint = storage.join(self.folder, "checkpoint")
+        self.rows = storage.join(self.folder, "rows")
+        self.parts = storage.join(self.folder, "parts")
+        self._job = storage.join(self.folder, "job.json")
+        self._counted: dict[str, int] = {}
+
+    def is_begun(self) -> bool:
+        """Return whether a job was begun here and not finished."""
+        return storage.exists(self._job)
+
+    def job(self) -> ScoreJob:
+        """Return the job that was begun here.
+
+        Raises:
+            UsageError: if it was begun by a version that wrote other fields.
+        """
+        try:
+            return parse(ScoreJob, storage.read_json(self._job), self._job)
+        except (ValueError, ConfigError) as error:
+            raise UsageError(
+                f"{self._job} is of an unfinished job of another version: finish it with that "
+                "version, choose another -o, or pass --overwrite to begin anew"
+            ) from error
+
+    def begin(self, job: ScoreJob) -> ScoreJob:
+        """Put a new job on record, or another attempt at the one that was begun.
+
+        Raises:
+            UsageError: if the one that was begun is other work; says what differs.
+        """
+        if self.is_begun():
+            begun = self.job()
+            refuse_other_work(begun, job)
+            attempts = begun.num_attempts + 1
+            job = begun.model_copy(update={"num_attempts": attempts})
+            storage.remove_dir(self.tries(attempts - 1))
+        storage.write_json(self._job, job.model_dump())
+        return job
+
+    def tries(self, attempt: int) -> str:
+        """Return the folder of `crash_guard` for an attempt: each has its own.
+
+        So a scan that was being scored when the whole job was killed is not held guilty of it.
+        """
+        return storage.join(self.folder, f"tries-{attempt}")
+
+    def num_done(self) -> int:
+        """Return how many rows are done; only files that are new since the last call are read."""
+        filesystem, root = storage.filesystem(self.checkpoint)
+        for name in storage.list_files(self.checkpoint, ".parquet"):
+            if name in self._counted or name.endswith(".pending.parquet"):
+                continue
+            with filesystem.open_input_file(f"{root}/{name}") as file:
+                self._counted[name] = pq.read_metadata(file).num_rows
+        return sum(self._counted.values())
+
+    def remove(self) -> None:
+        """Remove the folder and all that is in it."""
+        storage.remove_dir(self.folder)
+
+
+def refuse_other_work(begun: ScoreJob, job: ScoreJob) -> None:
+    """Raise UsageError if a job is not the one that was begun."""
+    differs = [
+        f"{name} was {_shown(getattr(begun, name))} and is {_shown(getattr(job, name))}"
+        for name in _SAME
+        if getattr(begun, name) != getattr(job, name)
+    ]
+    if differs:
+        raise UsageError(
+            "the output folder holds an unfinished job that is other work: "
+            f"{'; '.join(differs)}; give that job's command again to finish it, choose another "
+            "-o, or pass --overwrite to begin anew"
+        )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={each}" for key, each in sorted(value.items()))
+    text = storage.redact(str(value))
+    return text[:16] if len(text) == 64 else text
+
+
+@contextmanager
+def writing(folder: str) -> Iterator[None]:
+    """Raise RunError with what to do where a folder cannot be written while a job is under way."""
+    try:
+        yield
+    except OSError as error:  # of this process, or of a Ray task, which quotes its traceback
+        why = next((os.strerror(n) for n in _UNWRITABLE if os.strerror(n) in str(error)), "")
+        if not why:
+            raise
+        raise RunError(
+            f"{storage.redact(folder)} cannot be written ({why}); what is scored is kept: make "
+            "room, and the same command goes on from there"
+        ) from error
+
+
+@contextmanager
+def locked(out: str) -> Iterator[None]:
+    """Make an output folder and keep other jobs off it while the block runs.
+
+    The system frees the lock of a process that is killed. Stores behind a URI have no locks, so
+    there nothing is held.
+
+    Raises:
+        UsageError: if another job holds it, or the folder cannot be written.
+    """
+    filesystem, path = storage.filesystem(out)
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        yield
+        return
+    lock = FileLock(os.path.join(path, LOCK_FILE), timeout=0)
+    try:
+        os.makedirs(path, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UsageError(
+            f"another bt score is working on {out}; wait for its end, or choose another -o"
+        ) from None
+    except OSError as error:
+        raise UsageError(
+            f"-o {out} cannot be written ({error.strerror}); choose a folder that you may write to"
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()
+        with suppress(OSError):
+            os.rmdir(path)  # only if nothing was written to it

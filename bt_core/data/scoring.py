@@ -1,0 +1,152 @@
+"""Scoring on Ray Data: streamed, each scan exactly once, and going on where a killed job was.
+
+::
+
+    manifest -> without what is done -> refs in blocks -> decode in guarded tasks
+             -> score in a pool of actors -> append rows to Parquet, ids to the checkpoint
+
+The checkpoint is Ray Data's own: the ids of a file of rows are written before it under a pending
+name, and renamed after it. What another attempt left pending is removed with its rows.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.exceptions
+from ray.data.checkpoint import CheckpointConfig
+
+from bt_core import storage
+from bt_core.data.crash_guard import MAX_RESTARTS, CrashGuard
+from bt_core.data.decode_stage import Columns, DecodeStage
+from bt_core.data.guard import MAX_RETRIES, num_overseers, oversee, oversee_stream
+from bt_core.data.pipeline import BLOCK_ROWS, SCORE_BATCH, bounded_retries, configure, num_workers
+from bt_core.data.score_work import ScoreWork, writing
+from bt_core.errors import RunError
+from bt_core.log import Progress
+from bt_core.scans.preprocess import PreprocessSpec
+
+COMMIT_ROWS: Final = 256
+"""Rows that are written at once: what a killed job loses of each scorer, at most twice."""
+_ROW_BYTES: Final = 1024
+"""Of a decoded row without its pixels."""
+_FILTER_BYTES: Final = 256 * 1024**2
+_LOOK_SECONDS: Final = 2.0
+
+
+def score_manifest(
+    work: ScoreWork,
+    specs: tuple[PreprocessSpec, ...],
+    scorer: Callable[..., Callable[[Columns], pa.Table]],
+    scorer_args: tuple[Any, ...],
+    actors: tuple[int, float, float],
+    is_streamed: bool,
+) -> None:
+    """Score the scans of a job's manifest that have no row yet.
+
+    Args:
+        work: of a job that was put on record, with its manifest; gets rows and checkpoint.
+        specs: preprocessing specs with distinct pixels, in the scorer's order.
+        scorer: as in `crash_guard.CrashGuard`.
+        scorer_args: its constructor's arguments.
+        actors: as in `pipeline.score`.
+        is_streamed: the source is a compressed tar, which one task reads from its start.
+
+    Raises:
+        RunError: if rows cannot be written, or the scorer's process dies again and again.
+    """
+    job = work.job()
+    num_done = work.num_done()
+    num_left = job.num_scans - num_done
+    if not num_left:
+        return
+    configure()
+    num_actors, cpus, gpus = actors
+    num_actors = num_workers(num_actors, num_left)
+    if num_done:  # the checkpoint's filter holds a CPU
+        cpus = max(0.0, round(cpus - 1 / num_actors, 3))
+    block_rows = job.num_scans if is_streamed else BLOCK_ROWS
+    num_blocks = -(-num_left // block_rows)
+    refs = ray.data.read_parquet(work.manifest, filesystem=storage.filesystem(work.manifest)[0])
+    refs.context.checkpoint_config = _checkpoint(work)
+    # So that small archives, too, pass on in pieces: all actors have work, and rows are done soon.
+    row_bytes = _ROW_BYTES + sum(spec.size_px**2 for spec in specs)
+    refs.context.target_max_block_size = SCORE_BATCH * row_bytes
+    with (
+        bounded_retries(),
+        writing(work.folder),
+        _explained(),
+        _reported(work, job.num_scans, num_done),
+    ):
+        refs.repartition(target_num_rows_per_block=block_rows).map_batches(
+            oversee_stream if is_streamed else oversee,
+            fn_kwargs={"stage": DecodeStage(specs)},
+            batch_size=None,
+            compute=ray.data.TaskPoolStrategy(size=num_overseers(num_blocks)),
+            max_retries=MAX_RETRIES,
+        ).map_batches(
+            CrashGuard,
+            fn_constructor_args=(scorer, scorer_args, work.tries(job.num_attempts)),
+            batch_size=SCORE_BATCH,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors),
+            num_cpus=cpus,
+            num_gpus=gpus or None,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=-1,  # the guard ends what would go on for ever
+        ).write_parquet(
+            work.rows,
+            mode="append",
+            filesystem=storage.filesystem(work.rows)[0],
+            min_rows_per_file=COMMIT_ROWS,
+            ray_remote_args={"max_retries": MAX_RETRIES},
+        )
+
+
+def _checkpoint(work: ScoreWork) -> CheckpointConfig:
+    config = CheckpointConfig(
+        id_column="scan_id",
+        checkpoint_path=work.checkpoint,
+        override_filesystem=storage.filesystem(work.checkpoint)[0],
+        delete_checkpoint_on_success=False,
+    )
+    config.checkpoint_actor_pool_max_size = 1
+    config.checkpoint_actor_memory_bytes = _FILTER_BYTES
+    return config
+
+
+@contextmanager
+def _reported(work: ScoreWork, total: int, done: int) -> Iterator[None]:
+    """Say how far the job is while the driver waits for it, by the rows on record."""
+    ended = threading.Event()
+    progress = Progress("scored", total, done)
+
+    def look() -> None:
+        while not ended.wait(_LOOK_SECONDS):
+            try:
+                progress.reach(work.num_done())
+            except OSError:  # a store that does not answer now; the next look may do better
+                continue
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raise RunError with what to do where scorers die for good."""
+    try:
+        yield
+    except ray.exceptions.ActorDiedError as error:
+        raise RunError(
+            f"a scorer's process died {MAX_RESTARTS} times (memory, or a fault in the model's "
+            "runtime); what is scored is kept: the same command goes on from there"
+        ) from error

@@ -1,0 +1,193 @@
+"""`bt bench pipeline`: ceiling and memory of scoring itself, with a model that costs nothing."""
+
+import json
+import os
+import resource
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bt_core.errors import EXIT_OK
+from jobs.bench import JsonOption, apart
+from jobs.bench_data import numbers
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_LOOK_SECONDS = 1.0
+
+
+def run_pipeline(
+    sizes: Annotated[
+        str, typer.Option("--sizes", metavar="N,N,...", help="Numbers of tiny scans.")
+    ] = "20000,200000",
+    as_json: JsonOption = False,
+) -> int:
+    """List, decode and write archives of tiny scans without a model: scans/s and memory.
+
+    Each size has a process and a Ray of its own; starting Ray is not counted.
+    """
+    rows = []
+    for size in numbers(sizes):
+        with tempfile.TemporaryDirectory() as folder:
+            write_tiny(f"{folder}/scans.zip", size)
+            rows.append({"num_scans": size, **apart(_pipeline_figures, folder)})
+        row = rows[-1]
+        print(
+            f"{size:>7} scans: {row['scans_per_second']:.0f}/s (listed in "
+            f"{row['list_seconds']:.1f} s, scored in {row['score_seconds']:.1f} s, published in "
+            f"{row['publish_seconds']:.1f} s), driver {row['driver_bytes'] / 1e6:.0f} MB, largest "
+            f"worker {row['worker_bytes'] / 1e6:.0f} MB, all workers "
+            f"{row['workers_bytes'] / 1e6:.0f} MB",
+            flush=True,
+        )
+    growth = {
+        name: max(row[name] for row in rows) / rows[0][name]
+        for name in ("driver_bytes", "worker_bytes", "workers_bytes")
+    }
+    print("largest against the first: " + ", ".join(f"{k} {v:.2f}" for k, v in growth.items()))
+    if as_json:
+        print(json.dumps({"sizes": rows, "growth": growth}))
+    return EXIT_OK
+
+
+def write_tiny(path: str, num_scans: int) -> None:
+    """Write a zip of PNGs of 32 px, as small as a scan may be; 64 different ones in turns."""
+    import numpy as np
+
+    from bt_core.scans.phantom import encode_picture
+
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 255, (32, 32), np.uint8) for _ in range(64)]
+    encoded = [encode_picture(picture, ".png") for picture in pictures]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for i in range(num_scans):
+            archive.writestr(f"case_{i // 100:05d}/scan_{i:07d}.png", encoded[i % 64])
+
+
+class StubScorer:
+    """A scorer without a model: what it costs is the pipeline's."""
+
+    def __call__(self, columns: dict[str, Any]) -> "pa.Table":
+        """Return one row for each scan; those with a reason have failed."""
+        import pyarrow as pa
+
+        names = ("scan_id", "uri", "member", "content_sha256", "reason")
+        texts = {name: pa.array(columns[name].tolist(), pa.string()) for name in names}
+        count = len(columns["scan_id"])
+        status = pa.array(["failed" if r else "scored" for r in columns["reason"].tolist()])
+        label = pa.array(["glioma"] * count, pa.string())
+        confidence = pa.array(columns["pixels_0"].mean((1, 2)) / 255, pa.float64())
+        return pa.table(
+            {**texts, "status": status, "predicted_label": label, "confidence": confidence}
+        )
+
+
+def _pipeline_figures(folder: str) -> dict[str, Any]:
+    from bt_core.data.manifest import ManifestWriter
+    from bt_core.data.publish import publish
+    from bt_core.data.score_work import ScoreJob, ScoreWork
+    from bt_core.data.scoring import score_manifest
+    from bt_core.scans.archives import list_scans
+    from bt_core.scans.preprocess import PreprocessSpec
+    from cluster.session import session
+
+    os.environ["BT_MAX_MEMBERS"] = str(10**9)
+    source, out = f"{folder}/scans.zip", f"{folder}/out"
+    work = ScoreWork(out)
+    with session() as resources, _watched() as peaks:
+        started = time.perf_counter()
+        writer = ManifestWriter(work.manifest)
+        num_scans = list_scans(source, sink=writer).num_scans
+        writer.close()
+        listed = time.perf_counter()
+        job = ScoreJob(
+            bundle_id="none",
+            source=source,
+            manifest_digest=writer.hexdigest(),
+            settings={},
+            bt_version="",
+            num_scans=num_scans,
+            started_at="",
+        )
+        work.begin(job)
+        specs = (PreprocessSpec(size_px=32),)
+        score_manifest(work, specs, StubScorer, (), resources.scorers("cpu"), is_streamed=False)
+        scored = time.perf_counter()
+        published = publish(work, out, num_scans)
+        ended = time.perf_counter()
+    if published.statuses != {"scored": num_scans}:
+        raise RuntimeError("a scan of the bench was not scored")
+    return {
+        "scans_per_second": num_scans / (ended - started),
+        "list_seconds": listed - started,
+        "score_seconds": scored - listed,
+        "publish_seconds": ended - scored,
+        "driver_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        **peaks,
+    }
+
+
+@contextmanager
+def _watched() -> Iterator[dict[str, int]]:
+    """Note the most memory of Ray's workers while the block runs: of one, and of all at once.
+
+    Counted is what is theirs alone (RssAnon), not the object store that all of them map.
+    """
+    peaks = {"worker_bytes": 0, "workers_bytes": 0}
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_LOOK_SECONDS):
+            own = [_private_bytes(pid) for pid in _workers()]
+            peaks["worker_bytes"] = max([peaks["worker_bytes"], *own])
+            peaks["workers_bytes"] = max(peaks["workers_bytes"], sum(own))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _workers() -> list[int]:
+    """Return the process ids of the workers of the Ray that this process started."""
+    parent_of: dict[int, int] = {}
+    is_worker = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            parent_of[int(folder.name)] = int(
+                folder.joinpath("stat").read_text().split(") ")[-1].split()[1]
+            )
+            if folder.joinpath("cmdline").read_bytes().startswith(b"ray::"):
+                is_worker.append(int(folder.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return [pid for pid in is_worker if os.getpid() in _ancestors(pid, parent_of)]
+
+
+def _ancestors(pid: int, parent_of: dict[int, int]) -> list[int]:
+    found = []
+    while pid in parent_of:
+        pid = parent_of[pid]
+        found.append(pid)
+    return found
+
+
+def _private_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
