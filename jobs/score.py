@@ -2,8 +2,12 @@
 
 import time
 import uuid
+from collections import Counter
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
+
+import typer
 
 from bt_core import __version__, storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, REASONS, UsageError
@@ -24,6 +28,17 @@ if TYPE_CHECKING:
     from bt_core.data.score_work import ScoreJob, ScoreWork
     from bt_core.models.bundle import Bundle
     from bt_core.scans.archives import Listing
+    from bt_core.scans.dicom_results import Kind
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a scoring job is asked for besides its bundle and source."""
+
+    device: str = "auto"
+    cascade: bool = True
+    dicom: "Kind | None" = None
+
 
 MANIFEST_FILE: Final = "manifest.json"
 """Written last, so its presence means that all scores are there."""
@@ -34,6 +49,21 @@ def run(
     source: SourceArgument,
     out: OutOption,
     device: DeviceOption = "auto",
+    cascade: Annotated[
+        bool,
+        typer.Option(
+            "--cascade/--no-cascade",
+            help="Let the first member answer alone where the bundle says that this is safe.",
+        ),
+    ] = True,
+    dicom: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sr|sc",
+            help="For DICOM scans also write a structured report, or a picture, of their study. "
+            "These files name the patient.",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
 ) -> int:
     """Score every scan of an archive; the same command goes on with a job that was killed.
@@ -46,14 +76,15 @@ def run(
     out = output_folder(out, source)
     opened = Bundle(bundle)
     with locked(out):
-        manifest, is_whole = score_source(opened, source, out, device, overwrite)
-    _print_summary(manifest, out)
+        options = Settings(device, cascade, _dicom_kind(dicom))
+        manifest, is_whole = score_source(opened, source, out, options, overwrite)
+    _print_summary(manifest, opened, out)
     is_whole = is_whole and not manifest["rejected"] + manifest["failed"]
     return EXIT_OK if is_whole else EXIT_INCOMPLETE
 
 
 def score_source(
-    bundle: "Bundle", source: str, out: str, device: str, overwrite: bool = False
+    bundle: "Bundle", source: str, out: str, options: "Settings", overwrite: bool = False
 ) -> tuple[dict[str, Any], bool]:
     """Score a source, or what a killed job left of it, into a folder that no other job works on.
 
@@ -70,12 +101,16 @@ def score_source(
     started, clock = datetime.now(UTC), time.monotonic()
     try:
         listing, digest = _list(work, source, out, overwrite)
-        with placed(bundle, device) as (specs, chosen, actors):
+        with placed(bundle, options.device) as (specs, chosen, actors):
             job = ScoreJob(
                 bundle_id=bundle.info.bundle_id,
                 source=storage.absolute(source),
                 manifest_digest=digest,
-                settings={"device": chosen},
+                settings={
+                    "device": chosen,
+                    "cascade": "on" if options.cascade else "off",
+                    "dicom": options.dicom or "none",
+                },
                 bt_version=__version__,
                 num_scans=listing.num_scans,
                 started_at=started.isoformat(timespec="seconds"),
@@ -85,18 +120,58 @@ def score_source(
                     clear_scores(out)
                 job = work.begin(job)
             num_before = work.num_done()
-            args = (bundle.location, chosen, 1)
-            score_manifest(work, specs, Scorer, args, actors, is_streamed(job.source))
+            args = (bundle.location, chosen, 1, False, options.cascade)
+            streamed = is_streamed(job.source)
+            if streamed and options.dicom:
+                raise UsageError(
+                    f"--dicom reads scans a second time, which a compressed tar such as {source} "
+                    "does not allow one by one: repack it as tar or zip"
+                )
+            score_manifest(work, specs, Scorer, args, actors, streamed)
+            with writing(out):
+                published = publish(work, out, job.num_scans)
+                results = _write_dicom(published, out, options.dicom) if options.dicom else None
     finally:
         if not work.is_begun():
             work.remove()
     with writing(out):
-        published = publish(work, out, job.num_scans)
         seconds = time.monotonic() - clock
         manifest = _manifest(job, listing, published, seconds, job.num_scans - num_before)
+        manifest |= {} if results is None else {"dicom": results}
         storage.write_json(storage.join(out, MANIFEST_FILE), manifest)
         work.remove()
     return manifest, listing.is_whole
+
+
+def _dicom_kind(given: str | None) -> "Kind | None":
+    if given is None or given in ("sr", "sc"):
+        return cast("Kind | None", given)
+    raise UsageError(f"--dicom {given}: use sr (structured report) or sc (secondary capture)")
+
+
+def _write_dicom(published: "Published", out: str, kind: "Kind") -> dict[str, Any]:
+    """Write the answers on DICOM scans as DICOM objects; return how many, and why not others."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from bt_core.data import pipeline
+    from bt_core.data.dicom_stage import ANSWER_COLUMNS, DicomResultStage
+
+    stage = DicomResultStage(storage.join(out, "dicom"), kind)
+    reasons: Counter[str] = Counter()
+    for part in published.parts:  # one after another: all rows of a large archive would not fit
+        rows = storage.read_table(storage.join(out, part["file"]))
+        chosen = [n for n in rows.column_names if n in ANSWER_COLUMNS or n.startswith("prob_")]
+        answered = pc.is_valid(rows["predicted_label"])
+        scans = rows.filter(pc.and_(answered, pc.equal(rows["format"], "DICOM"))).select(chosen)
+        if not scans.num_rows:
+            continue
+        written = pipeline.decode(scans, stage).iter_batches(
+            batch_size=None, batch_format="pyarrow"
+        )
+        reasons.update(pa.concat_tables(list(written))["reason"].to_pylist())
+    num_written = reasons.pop("", 0)
+    return {"kind": kind, "written": num_written, "not_written": dict(sorted(reasons.items()))}
 
 
 def score_refs(
@@ -128,6 +203,7 @@ def clear_scores(out: str) -> None:
     """Remove scores below a folder, and what an interrupted `score_refs` left of some."""
     storage.remove_file(storage.join(out, MANIFEST_FILE))
     storage.remove_file(storage.join(out, "review.csv"))
+    storage.remove_dir(storage.join(out, "dicom"))
     for name in storage.list_dirs(out):
         if name == "scores" or (name.startswith("scores.") and name.endswith(".tmp")):
             storage.remove_dir(storage.join(out, name))
@@ -183,12 +259,13 @@ def _manifest(
         "started_at": job.started_at,
         "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 2),
+        "runtimes": dict(sorted(published.runtimes.items())),
         "compute_seconds": round(published.compute_seconds, 2),
         "scans_per_second": round(num_scored / seconds, 1),
     }
 
 
-def _print_summary(manifest: dict[str, Any], out: str) -> None:
+def _print_summary(manifest: dict[str, Any], bundle: "Bundle", out: str) -> None:
     from bt_core.ensemble.scorer import STATUSES
 
     print(
@@ -200,6 +277,17 @@ def _print_summary(manifest: dict[str, Any], out: str) -> None:
         print(f"  {count} {reason}: {REASONS[reason]}")
     for why, count in manifest["skipped_files"].items():
         print(f"  skipped {count}: {why}")
+    wanted = {f"{m.name}: {m.runtime.kind} {m.runtime.precision}" for m in bundle.info.members}
+    for name, count in manifest["runtimes"].items():
+        if name not in wanted:
+            print(f"  {count} answers of {name}, since a host cannot run what the bundle asks for")
+    for name, why in bundle.unusable.items():
+        print(f"  {name} did not answer: {why}")
+    if manifest.get("dicom"):
+        results = manifest["dicom"]
+        print(f"  {results['written']} DICOM files, which name patients, in {out}/dicom")
+        for reason, count in results["not_written"].items():
+            print(f"  {count} scans without one: {REASONS[reason]}")
     if manifest["attempts"] > 1:
         print(f"done in {manifest['attempts']} attempts")
     print(f"scores in {out}, what a person should look at in {storage.join(out, 'review.csv')}")

@@ -33,10 +33,12 @@ _SCORED: Final = "scored"
 
 @dataclass
 class Published:
-    """What was written: counts by status and by reason, seconds of scoring, and the files."""
+    """What was written: counts, seconds of scoring, and the files."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    runtimes: Counter[str] = field(default_factory=Counter)
+    """Answers by `MEMBER: RUNTIME`."""
     compute_seconds: float = 0.0
     parts: list[dict[str, Any]] = field(default_factory=list)
     """Of each file: file, num_rows, sha256."""
@@ -147,6 +149,10 @@ def _add(published: Published, rows: pa.Table, folder: str) -> None:
         counts.update(
             dict(tuple(each.values()) for each in pc.value_counts(rows[name]).to_pylist())
         )
+    if "runtimes" in rows.column_names:
+        flat = [pc.list_flatten(rows[name]) for name in ("members_used", "runtimes")]
+        ran = pc.value_counts(pc.binary_join_element_wise(*flat, ": "))
+        published.runtimes.update(dict(tuple(each.values()) for each in ran.to_pylist()))
     published.compute_seconds += pc.sum(rows[COMPUTE_SECONDS]).as_py() or 0.0
     plain = rows.drop_columns([COMPUTE_SECONDS]).replace_schema_metadata(None)
     sink = pa.BufferOutputStream()
