@@ -169,6 +169,11 @@ def _report(info: "BundleInfo") -> None:
         + f"; {info.least_members} must answer), validation accuracy {metrics['accuracy']:.4f}, "
         f"log loss {metrics['log_loss']:.4f}; {1 - metrics['answered']:.1%} are for review"
     )
+    if not metrics["answered"]:
+        print(
+            "  no answer goes without review: validation scans are of too few families for what is "
+            "promised; prepare more scans, or promise less (--conformal-level, --max-missed-tumors)"
+        )
     for name in info.provenance["weights"]["left_out"]:
         print(f"  {name} is left out: its share came out as 0 (--weights equal keeps it)")
     print(cascade_sentence(info))

@@ -38,7 +38,8 @@ ANSWERED: Final = ("scored", "deferred")
 def join_truth(scores: pa.Table, truth: pa.Table) -> pa.Table:
     """Return score rows with label, group, copy_in_training and the slice columns of the catalog.
 
-    Without uri and member: a report may be shown to people who are not to see names of files.
+    Without uri, member and position: a report may be shown to people who are not to see names of
+    files.
 
     Args:
         scores: rows of exactly the scans of `truth`.
@@ -53,7 +54,8 @@ def join_truth(scores: pa.Table, truth: pa.Table) -> pa.Table:
             f"{len(wanted)} scans to evaluate, {len(got)} predictions that do not match them"
         )
     joined, known = scores.sort_by("scan_id"), truth.sort_by("scan_id")
-    joined = joined.drop_columns([n for n in ("uri", "member") if n in joined.column_names])
+    known_better = ("uri", "member", "position", "format")
+    joined = joined.drop_columns([n for n in known_better if n in joined.column_names])
     own = [name for name in SLICE_COLUMNS if name in known.column_names]
     for name in ("label", "group", "copy_in_training", *own):
         joined = joined.append_column(name, known[name])

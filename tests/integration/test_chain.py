@@ -85,7 +85,8 @@ def test_a_run_is_complete_and_validates_every_validation_scan(chain):
 
 def test_the_bundle_holds_both_members_without_a_pickle_or_a_path(chain):
     bundle = Bundle(str(chain.bundle))
-    assert [m.name for m in bundle.info.members] == ["cnn_small", "mobilenetv2"]
+    members = ["mobilenetv2", "cnn_small"]
+    assert [m.name for m in bundle.info.members] == members, "the cheaper one first"
     assert [m.weight for m in bundle.info.members] == [0.5, 0.5]
     suffixes = {p.suffix for p in chain.bundle.rglob("*") if p.is_file()}
     assert suffixes == {".json", ".safetensors", ".md"}
@@ -227,7 +228,11 @@ def test_scores_account_for_every_scan_and_know_what_was_trained_on(chain):
         assert row["predicted_label"] == max(probs, key=probs.get)
         assert row["confidence"] == max(probs.values())
         assert row["predicted_label"] in row["prediction_set"]
-        assert row["members_used"] == ["cnn_small", "mobilenetv2"]
+        assert row["members_used"] == ["mobilenetv2", "cnn_small"]
+        assert row["runtimes"] == ["torch fp32"] * 2
+        assert (row["nearest_family"] is not None) == row["seen_in_training"]
+        assert 0 < row["nearest_correlation"] <= 1
+        assert row["distance"] > 0
     schema = pq.read_schema(next((chain.scores / "scores").glob("*.parquet")))
     assert not any("extension" in str(field.type) for field in schema)
 

@@ -13,21 +13,23 @@ from bt_core.data.catalog import Dataset
 from bt_core.data.decode_stage import DecodeStage
 from bt_core.ensemble.ensemble import Ensemble
 from bt_core.ensemble.scorer import Scorer
-from bt_core.inference.predictor import Predictor, distinct_specs
+from bt_core.inference.predictor import Predictor, needed_specs
 from bt_core.models.bundle import Bundle
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.run import Run
 from bt_core.scans.archives import ScanRef, read_member
+from bt_core.scans.phantom import encode_picture, phantom_slice
 from serve.app import ServeSettings, start
 from serve.decoding import decode_upload
-from tests.scan_files import GREY, deadly_dicom, encode
+from tests.scan_files import deadly_dicom
 
 pytestmark = pytest.mark.integration
 
 
 SHARED_FIELDS = (
     "status", "reason", "predicted_label", "prediction_set", "members_used", "seen_in_training",
-    "bundle_id", "preprocess_digest", "content_sha256",
+    "bundle_id", "preprocess_digest", "content_sha256", "runtimes", "nearest_family",
+    "nearest_correlation", "distance",
 )  # fmt: skip
 
 
@@ -89,7 +91,7 @@ def training_tensors(chain, refs):
 def scoring_tensors(chain, refs, tensors):
     scorer = Scorer(str(chain.bundle), "cpu", 1)
     columns = {k: np.array([r[k] for r in refs]) for k in ("scan_id", "uri", "member", "position")}
-    specs, _ = distinct_specs([m.preprocess for m in Bundle(str(chain.bundle)).info.members])
+    specs, _ = needed_specs(Bundle(str(chain.bundle)).info)
     tensors.clear()
     for i in range(len(refs)):
         scorer(DecodeStage(specs)({k: v[i : i + 1] for k, v in columns.items()}))
@@ -137,7 +139,8 @@ def test_the_predictor_repeats_the_validation_logits_of_training(chain):
     decoded = DecodeStage(predictor.specs)(columns)
     logits_MBK = predictor.logits([decoded[f"pixels_{i}"] for i in range(len(predictor.specs))])
     trained = np.array(run.validation()["logits"].to_pylist())
-    np.testing.assert_allclose(logits_MBK[0], trained, atol=1e-4)
+    own = [member.name for member in bundle.info.members].index(run.info.name)
+    np.testing.assert_allclose(logits_MBK[own], trained, atol=1e-4)
 
 
 def post(url, content, **options):
@@ -199,4 +202,4 @@ def test_a_file_that_ends_its_decoder_leaves_the_service_alive(service):
     for _ in range(3):
         answer = requests.post(f"{service}/v1/predictions", data=deadly_dicom(), timeout=60)
         assert (answer.status_code, answer.json()["code"]) == (422, "decoder_crashed")
-    assert post(service, encode(GREY, "PNG"))["status"]
+    assert post(service, encode_picture(phantom_slice("glioma", 1, 96), ".png"))["status"]
