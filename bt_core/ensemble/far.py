@@ -110,7 +110,8 @@ class FarDetector:
             features_BD: as given to `fit`, unscaled.
         """
         centred_BD = _unit(features_BD) - self.mean_D
-        along_BC = centred_BD @ self.components_CD.T.astype(np.float64)
+        # Not by BLAS, in which the last bit of a scan's distance depends on its neighbours.
+        along_BC = np.einsum("bd,cd->bc", centred_BD, self.components_CD.astype(np.float64))
         beside_B = (centred_BD**2).sum(axis=1) - (along_BC**2).sum(axis=1)
         squared_B = (along_BC**2 / self.variances_C).sum(axis=1)
         squared_B += np.maximum(beside_B, 0) / self.rest

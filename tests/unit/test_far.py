@@ -117,3 +117,12 @@ def test_an_answer_depends_on_no_neighbour(detector):
     new_ND, _ = drawn(10, 13)
     alone = [detector.score(row_D[None])[0] for row_D in new_ND]
     np.testing.assert_allclose(detector.score(new_ND), alone, rtol=1e-12)
+
+
+def test_a_distance_is_the_same_to_the_last_bit_alone_and_among_others():
+    rng = np.random.default_rng(0)
+    features_ND = rng.normal(size=(200, 320)).astype(np.float32) + 2
+    detector = FarDetector.fit(features_ND, np.arange(200))
+    together = detector.score(features_ND[:64])
+    alone = np.concatenate([detector.score(features_ND[i : i + 1]) for i in range(64)])
+    assert (together == alone).all()
