@@ -25,6 +25,7 @@ from bt_core.data.score_work import ScoreWork
 from bt_core.errors import REASONS
 
 PART_ROWS: Final = 25_000
+_DEALT_AT_ONCE: Final = 8192
 REVIEW_COLUMNS: Final = (
     "scan_id", "member", "status", "reason", "reason_in_words", "predicted_label", "confidence",
 )  # fmt: skip
@@ -75,6 +76,8 @@ def publish(work: ScoreWork, out: str, num_scans: int, part_rows: int = PART_ROW
             if rows is not None:
                 file.write(_csv(_to_review(rows)))
                 _add(published, rows, work.parts)
+            del expected, rows  # before the next are read
+            pa.default_memory_pool().release_unused()
     storage.move_dir(work.parts, storage.join(out, "scores"))
     _, target = storage.filesystem(storage.join(out, "review.csv"))
     filesystem.move(path, target)
@@ -88,7 +91,7 @@ def _tables(folder: str, columns: list[str] | None = None) -> Iterator[pa.Table]
     for name in storage.list_files(folder, ".parquet"):
         with filesystem.open_input_file(f"{root}/{name}") as file:
             held.append(pq.read_table(file, columns=columns))
-        if sum(table.num_rows for table in held) >= PART_ROWS:
+        if sum(table.num_rows for table in held) >= _DEALT_AT_ONCE:
             yield pa.concat_tables(held)
             held = []
     if held:
