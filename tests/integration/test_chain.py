@@ -1,5 +1,6 @@
 """The whole chain on synthetic scans, through the real commands."""
 
+import io
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from collections import Counter
 import cv2
 import numpy as np
 import pyarrow.parquet as pq
+import pydicom
 import pytest
 import torch
 
@@ -284,3 +286,30 @@ def test_a_folder_source_gives_the_same_split_as_its_zip(chain, tmp_path):
     ours, zipped = (Dataset(str(d)) for d in (tmp_path / "data", chain.data))
     assert ours.info.digest == zipped.info.digest
     assert storage.read_json(str(tmp_path / "data" / "dataset.json"))["num_left_out"] == {}
+
+
+def test_answers_on_dicom_scans_become_reports_in_their_studies(chain, tmp_path):
+    out = tmp_path / "out"
+    assert bt("score", chain.bundle, chain.archive, "--dicom", "sr", "-o", out) == 0
+    answered = {
+        row["scan_id"]: row for row in rows(out / "scores") if row["format"] == "DICOM"
+    }  # fmt: skip
+    assert answered
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["dicom"] == {"kind": "sr", "written": len(answered), "not_written": {}}
+    assert {path.stem for path in (out / "dicom").iterdir()} == set(answered)
+    with zipfile.ZipFile(chain.archive) as archive:
+        for scan_id, row in answered.items():
+            scan = pydicom.dcmread(io.BytesIO(archive.read(row["member"])))
+            report = pydicom.dcmread(out / "dicom" / f"{scan_id}.dcm")
+            assert report.StudyInstanceUID == scan.StudyInstanceUID
+            assert report.PatientID == scan.PatientID
+    assert bt("score", chain.bundle, chain.archive, "--dicom", "png", "-o", tmp_path / "o") == 2
+
+
+def test_without_the_cascade_all_members_answer_and_more_is_never_less(chain, tmp_path):
+    out = tmp_path / "out"
+    assert bt("score", chain.bundle, chain.archive, "--no-cascade", "-o", out) == 0
+    settings = json.loads((out / "manifest.json").read_text())["settings"]
+    assert settings["cascade"] == "off"
+    assert all(len(row["members_used"]) == 2 for row in rows(out / "scores"))
