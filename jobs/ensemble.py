@@ -100,7 +100,7 @@ def build(
     from bt_core.data.catalog import Dataset
     from bt_core.ensemble.build import assemble
     from bt_core.evaluation.model_card import model_card
-    from bt_core.models.bundle import write_bundle
+    from bt_core.models.bundle_writer import write_bundle
 
     info = assemble(runs, options)
     dataset = Dataset(data or runs[0].info.dataset)

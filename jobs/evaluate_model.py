@@ -59,7 +59,7 @@ class ModelEvaluation:
     def _write_card(self, figures: dict[str, Any]) -> None:
         """Let figures on the dataset that a bundle was trained with enter its model card."""
         from bt_core.evaluation.model_card import model_card
-        from bt_core.models.bundle import write_card
+        from bt_core.models.bundle_writer import write_card
 
         if self.tested.digest != self.bundle.info.provenance.get("dataset_digest"):
             return

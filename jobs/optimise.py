@@ -158,7 +158,7 @@ def write_optimised(
     """Write the bundle anew with the chosen runtimes, and all that was measured."""
     from bt_core.evaluation.model_card import model_card
     from bt_core.inference.optimise import host, name_of
-    from bt_core.models.bundle import rewrite_bundle
+    from bt_core.models.bundle_writer import rewrite_bundle
 
     measured = {
         **host(),

@@ -23,9 +23,9 @@ from bt_core.data.decode_stage import Columns, DecodeStage, RowStage
 from bt_core.data.families import CopyIndex, FamilyStage, Pairs, exact_pairs
 from bt_core.data.guard import MAX_RETRIES, num_overseers, oversee, oversee_stream
 from bt_core.data.stream import split_streamed
-from bt_core.data.thumbnails import SPECTRUM_LENGTH, THUMBNAIL
 from bt_core.log import Progress
 from bt_core.scans.preprocess import PreprocessSpec
+from bt_core.scans.thumbnails import SPECTRUM_LENGTH, THUMBNAIL
 
 SCORE_BATCH: Final = 64
 _SEARCH_ROWS: Final = 2048

@@ -27,9 +27,8 @@ from bt_core.models.bundle import (
     ReviewInfo,
     SubsetInfo,
     index_key,
-    write_bundle,
-    write_card,
 )
+from bt_core.models.bundle_writer import write_bundle, write_card
 from bt_core.models.classifier import build_classifier, build_head, rebuild_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.spec import HeadSpec, ModelSpec

@@ -34,7 +34,8 @@ from bt_core.inference.runtime import (
     golden_change,
     start,
 )
-from bt_core.models.bundle import INT8_EXPORTS, Bundle, RuntimeInfo, rewrite_bundle
+from bt_core.models.bundle import INT8_EXPORTS, Bundle, RuntimeInfo
+from bt_core.models.bundle_writer import rewrite_bundle
 from bt_core.models.classifier import build_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.spec import HeadSpec, ModelSpec
