@@ -14,12 +14,15 @@ from bt_core import storage
 from bt_core.config import parse
 from bt_core.ensemble.calibration import calibration_of
 from bt_core.ensemble.ensemble import Ensemble
+from bt_core.ensemble.far import FarDetector
 from bt_core.ensemble.scorer import Scorer
 from bt_core.errors import BundleError, ConfigError, WeightsError
 from bt_core.inference.predictor import Predictor, distinct_specs
 from bt_core.labels import LABEL_SPACES
 from bt_core.log import logger
 from bt_core.models.bundle import (
+    COPIES_FILE,
+    FAR_FILE,
     Bundle,
     BundleInfo,
     CascadeInfo,
@@ -32,13 +35,18 @@ from bt_core.models.bundle_writer import write_bundle, write_card
 from bt_core.models.classifier import build_classifier, build_head, rebuild_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.spec import HeadSpec, ModelSpec
-from bt_core.scans.preprocess import ClaheSpec, PreprocessSpec
+from bt_core.models.training_index import TrainingIndex
+from bt_core.scans.phantom import phantom_slice
+from bt_core.scans.preprocess import ClaheSpec, PreprocessSpec, preprocess_pixels
+from bt_core.scans.thumbnails import THUMBNAIL
 
 TINY = ModelSpec(backbone="cnn_small", backbone_args={"width": 4}, weights="none")
 SPACE = LABEL_SPACES["four_class"]
 
 
-def make_bundle(location, sizes=(32, 48), flips="none", min_confidence=0.3, sure=False, **changes):
+def make_bundle(
+    location, sizes=(32, 48), flips="none", min_confidence=0.3, sure=False, arrays=None, **changes
+):
     members, weights = [], {}
     for i, size in enumerate(sizes):
         torch.manual_seed(i)
@@ -68,7 +76,7 @@ def make_bundle(location, sizes=(32, 48), flips="none", min_confidence=0.3, sure
         label_space=SPACE, members=tuple(members), temperature=1e-3 if sure else 0.9,
         review=review, metrics={}, provenance={}, **changes,
     )  # fmt: skip
-    return write_bundle(str(location), info, weights, ["ab" * 32], "a card")
+    return write_bundle(str(location), info, weights, ["ab" * 32], "a card", arrays)
 
 
 def test_a_bundle_comes_back_as_it_was_written(tmp_path):
@@ -243,6 +251,33 @@ def test_a_member_that_cannot_answer_is_left_out_and_said(tmp_path, fault, caplo
         bundle.info = strict
         with pytest.raises(BundleError, match="golden image"):
             Predictor(bundle)
+
+
+def test_odd_scans_are_deferred_and_copies_of_training_scans_known(tmp_path):
+    scans = [phantom_slice("glioma", seed, 128) for seed in range(60)]
+    specs = [PreprocessSpec(size_px=32), THUMBNAIL]
+    pixels = [np.stack([preprocess_pixels(s, spec) for s in scans]) for spec in specs]
+    index = TrainingIndex.build(pixels[1][:40], [f"{i:016x}" for i in range(40)])
+    make_bundle(tmp_path / "a", sizes=(32,), sure=True)
+    features_ND = Ensemble(Bundle(str(tmp_path / "a"))).predictor.first(pixels)[1]
+    far = FarDetector.fit(features_ND, np.arange(60), rate=0.1)
+    arrays = {COPIES_FILE: index.arrays(), FAR_FILE: far.arrays()}
+    make_bundle(tmp_path / "b", sizes=(32,), sure=True, arrays=arrays)
+    ensemble = Ensemble(Bundle(str(tmp_path / "b")))
+    mirrored = [np.concatenate([p[:1, :, ::-1], p[50:53]]) for p in pixels]
+    mirrored = [np.concatenate([p, np.full_like(p[:1], 255)]) for p in mirrored]
+    gates = ["", "", "burnt_in_text", "", ""]
+    copy, plain, marked, other, blank = ensemble.answer(mirrored, ["cd" * 32] * 5, gates)
+    assert (copy["seen_in_training"], copy["nearest_family"]) == (True, "0" * 16)
+    assert copy["nearest_correlation"] > 0.98
+    for answer in (plain, marked, other):
+        assert (answer["seen_in_training"], answer["nearest_family"]) == (False, None)
+        assert answer["distance"] < far.threshold
+    assert (marked["status"], marked["reason"]) == ("deferred", "burnt_in_text")
+    assert (plain["status"], plain["reason"]) == ("scored", "")
+    assert (blank["status"], blank["reason"]) == ("deferred", "far_from_training")
+    assert blank["distance"] > far.threshold
+    assert blank["nearest_correlation"] == 0
 
 
 def test_a_bundle_below_its_quorum_is_refused(tmp_path):
