@@ -93,6 +93,7 @@ REASONS: Final[dict[str, str]] = {
     "label_conflict": "copies of the picture stand under different classes",
     "dropped": "a person decided in the docket to leave the scan out",
     "one_of_many_frames": "the answer is for one slice of several; a person should see the others",
+    "no_dicom_result": "the header lacks, or has wrong, what an object of its study must state",
     "almost_blank": "the picture shows next to nothing",
     "colour_picture": "the picture is in colour; give the grey scan",
     "inverted_contrast": "the ground around the head is bright: the picture is inverted, or framed",

@@ -13,6 +13,8 @@ from bt_core.errors import UsageError
 from bt_core.log import logger
 
 _TOKEN_FILE = Path("~/.ray/auth_token")
+_LEAST_SHARE = 0.25
+"""Of a CPU that a scorer holds, so that not too many start on one node of a mixed cluster."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,12 @@ class Resources:
         that decoding always finds one, even when a node is lost and its actors start on another;
         each uses one thread, so actors and threads never exceed the cores.
         """
-        lasting = self.num_cpus - (self.largest_node_cpus if self.num_nodes > 1 else 0.0)
+        # A node that alone has CPUs, beside a head that has none, cannot be lost without an end.
+        lasting = self.num_cpus - self.largest_node_cpus or self.num_cpus
         if device == "cuda":
             return int(self.num_gpus), min(1.0, lasting / (4 * self.num_gpus)), 1.0
         actors = max(1, int(self.num_cpus))
-        return actors, round(lasting / (2 * actors), 3), 0.0
+        return actors, max(_LEAST_SHARE, round(lasting / (2 * actors), 3)), 0.0
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from bt_core import storage
-from bt_core.errors import EXIT_OK, UsageError
+from bt_core.errors import EXIT_OK, BtError, UsageError
+from bt_core.log import logger
 from jobs.command import OutOption, OverwriteOption
 
 if TYPE_CHECKING:
@@ -60,6 +61,13 @@ def run(
             min=0.0001, max=0.5, help="Share of answers that the cascade may change, at most."
         ),
     ] = 0.005,
+    copies: Annotated[
+        bool,
+        typer.Option(
+            "--copies/--no-copies",
+            help="Keep what tells copies of training scans: a blurred picture of each.",
+        ),
+    ] = True,
     overwrite: OverwriteOption = False,
 ) -> int:
     """Put runs into one bundle: shares, temperatures, review rule and cascade from validation."""
@@ -85,7 +93,7 @@ def run(
             raise UsageError(f"{out} exists; choose another -o, or pass --overwrite")
         if not storage.exists(storage.join(out, "bundle.json")):
             raise UsageError(f"{out} is not a bundle, so it is not overwritten; choose another -o")
-    _report(build(out, loaded, options, data))
+    _report(build(out, loaded, options, data, copies))
     print(f"bundle in {out}")
     return EXIT_OK
 
@@ -95,23 +103,33 @@ def build(
     runs: "Sequence[Run]",
     options: "Options | None" = None,
     data: str | None = None,
+    copies: bool = True,
 ) -> "BundleInfo":
-    """Write a calibrated bundle of finished runs, in place of one that is there."""
-    from bt_core.data.catalog import Dataset
+    """Write a calibrated bundle of finished runs, in place of one that is there.
+
+    Where the runs found their dataset may be gone since; then the bundle does without what it would
+    have learnt from it, and that is said. A dataset that is named must be there.
+    """
+    from ray.exceptions import RayError
+
     from bt_core.ensemble.build import assemble
     from bt_core.evaluation.model_card import model_card
     from bt_core.models.bundle_writer import write_bundle
 
     info = assemble(runs, options)
-    dataset = Dataset(data or runs[0].info.dataset)
-    if dataset.info.digest != runs[0].info.dataset_digest:
-        raise UsageError(
-            f"{dataset.location} is not the dataset that {runs[0].location} was trained on (the "
-            "digests differ); give it with --data"
-        )
     kept = {run.info.name: run for run in runs}
     first = kept[info.members[0].name]
-    arrays = _known_scans(dataset, info, first)
+    try:
+        arrays = _known_scans(_dataset_of(first, data), info, first, copies)
+    except (BtError, OSError, ValueError, RayError) as error:
+        if data is not None:
+            raise
+        logger.warning(
+            "the bundle will know neither copies of training scans nor scans unlike them, since "
+            "their dataset cannot be read (%s); give it with --data",
+            next(iter(str(error).splitlines()), type(error).__name__),
+        )
+        arrays = {}
     storage.remove_dir(out)
     return write_bundle(
         out,
@@ -123,8 +141,20 @@ def build(
     )
 
 
+def _dataset_of(run: "Run", data: str | None) -> "Dataset":
+    from bt_core.data.catalog import Dataset
+
+    dataset = Dataset(data or run.info.dataset)
+    if dataset.info.digest != run.info.dataset_digest:
+        raise UsageError(
+            f"{dataset.location} is not the dataset that {run.location} was trained on (the "
+            "digests differ)"
+        )
+    return dataset
+
+
 def _known_scans(
-    dataset: "Dataset", info: "BundleInfo", first: "Run"
+    dataset: "Dataset", info: "BundleInfo", first: "Run", copies: bool
 ) -> "dict[str, dict[str, np.ndarray]]":
     """Return what tells copies of training scans, and scans unlike them, by file of the bundle."""
     import numpy as np
@@ -142,18 +172,22 @@ def _known_scans(
     spec = first.info.preprocess
     with session():
         thumbnails, own = (ensure_view(dataset, s) for s in (THUMBNAIL, spec))
-    columns = dataset.catalog().select(["scan_id", "family", "group"]).to_pydict()
-    family_of = dict(zip(columns["scan_id"], columns["family"], strict=True))
-    group_of = dict(zip(columns["scan_id"], columns["group"], strict=True))
-    parts = [read_pixels(thumbnails, split) for split in ("train", "validation")]
-    families = [family_of[scan_id][:16] for ids, _ in parts for scan_id in ids]
-    index = TrainingIndex.build(np.concatenate([pixels for _, pixels in parts]), families)
+    arrays = {}
+    if copies:
+        columns = dataset.catalog().select(["scan_id", "family"]).to_pydict()
+        family_of = dict(zip(columns["scan_id"], columns["family"], strict=True))
+        parts = [read_pixels(thumbnails, split) for split in ("train", "validation")]
+        families = [family_of[scan_id][:16] for ids, _ in parts for scan_id in ids]
+        pixels_NFF = np.concatenate([pixels for _, pixels in parts])
+        arrays[COPIES_FILE] = TrainingIndex.build(pixels_NFF, families).arrays()
+    judged = first.validation().select(["scan_id", "group"]).to_pydict()
+    group_of = dict(zip(judged["scan_id"], judged["group"], strict=True))
     ids, pixels_NSS = read_pixels(own, "validation", _MOST_FAR)
+    used = [i for i, scan_id in enumerate(ids) if scan_id in group_of]
     classifier = rebuild_classifier(first.info.model, spec, info.label_space.num_classes)
     classifier.load_state_dict(first.state_dict())
-    features_ND = TorchRuntime(classifier, Preprocessor(spec)).run(pixels_NSS)[1]
-    groups = np.array([group_of[scan_id] for scan_id in ids])
-    arrays = {COPIES_FILE: index.arrays()}
+    features_ND = TorchRuntime(classifier, Preprocessor(spec)).run(pixels_NSS[used])[1]
+    groups = np.array([group_of[ids[i]] for i in used])
     if len(set(groups.tolist())) > 1:
         arrays[FAR_FILE] = FarDetector.fit(features_ND, groups).arrays()
     return arrays

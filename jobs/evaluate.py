@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bt_core import storage
-from bt_core.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, UsageError
+from bt_core.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, BundleError, UsageError
 from jobs.command import (
     DeviceOption,
     OutOption,
@@ -83,7 +83,8 @@ def run(
         raise UsageError("--trained-on is for a source; give the one that DIR was prepared from")
     out = storage.absolute(out) if is_dataset else output_folder(out, data)
     places = _places(models, out, overwrite)
-    bundles = {name: _bundle(model, out) for name, model in zip(places, models, strict=True)}
+    own = data if is_dataset else None
+    bundles = {name: _bundle(model, out, own) for name, model in zip(places, models, strict=True)}
     space = _common_space(bundles)
     for requirement in requirements:  # a typo must not cost an opening of the test split
         requirement.refuse_unknown(space.names, space.healthy)
@@ -124,16 +125,26 @@ def _places(models: list[str], out: str, overwrite: bool) -> dict[str, str]:
     return places
 
 
-def _bundle(model: str, out: str) -> "Bundle":
-    """Open a bundle, or make one of a run, below the reports."""
+def _bundle(model: str, out: str, data: str | None) -> "Bundle":
+    """Open a bundle, or make one of a run, below the reports.
+
+    Raises:
+        BundleError: if it is a bundle of which a member cannot answer.
+    """
+    from bt_core.data.catalog import Dataset
     from bt_core.models.bundle import Bundle
     from bt_core.models.run import Run
 
     if not storage.exists(storage.join(model, "run.json")):
-        return Bundle(model)
+        bundle = Bundle(model)
+        if bundle.unusable:  # before the test split is opened for it
+            raise BundleError(" ".join(bundle.unusable.values()))
+        return bundle
     place = storage.join(out, "bundles", os.path.basename(storage.absolute(model)))
     storage.remove_dir(place)
-    build(place, [Run(model)])
+    run = Run(model)
+    is_own = data is not None and Dataset(data).info.digest == run.info.dataset_digest
+    build(place, [run], data=data if is_own else None)
     return Bundle(place)
 
 
@@ -156,6 +167,7 @@ def _truths(
     """Return for each model the catalog rows that it is evaluated on, and what they are."""
     from bt_core.data.catalog import Dataset
     from bt_core.evaluation.evaluated import of_dataset, of_source
+    from bt_core.models.bundle import COPIES_FILE
     from bt_core.scans.identity import hash_key
 
     if not is_dataset:
@@ -164,7 +176,16 @@ def _truths(
             digest = bundle.info.provenance.get("dataset_digest")
             if trained is not None and trained.info.digest != digest:
                 raise UsageError(f"{name} was not trained with the dataset in {trained_on}")
-        return dict.fromkeys(bundles, of_source(data, space, hash_key()[0], trained))
+        truth, tested = of_source(data, space, hash_key()[0], trained)
+        return {
+            name: (
+                truth,
+                tested.model_copy(
+                    update={"copies_found": tested.copies_found or COPIES_FILE in bundle.info.files}
+                ),
+            )
+            for name, bundle in bundles.items()
+        }
     dataset = Dataset(data)
     if dataset.info.label_space != space:
         raise UsageError(

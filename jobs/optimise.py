@@ -189,20 +189,23 @@ def _of_ensemble(bundle: "Bundle", choices: "dict[str, Choice]") -> dict[str, fl
     """Return how far the ensemble's answers are from those of all members' references."""
     import numpy as np
 
-    from bt_core.ensemble.calibration import combine
+    from bt_core.ensemble.calibration import calibration_of
+    from bt_core.ensemble.review import decide
 
-    members = bundle.info.members
+    info = bundle.info
+    names = [member.name for member in info.members]
+    calibration = calibration_of(info, names)
     chosen_NK, reference_NK = (
-        combine(
-            np.stack([getattr(choices[m.name], which) for m in members]),
-            [m.weight for m in members],
-            [m.temperature for m in members],
-            bundle.info.temperature,
-        )
+        calibration.probs(np.stack([getattr(choices[name], which) for name in names]))
         for which in ("logits_NK", "reference_NK")
     )
+    chosen, reference = (
+        decide(probs_NK, info.review, info.label_space) for probs_NK in (chosen_NK, reference_NK)
+    )
+    flips_N = chosen.label_N != reference.label_N
     return {
-        "label_flips": float((chosen_NK.argmax(1) != reference_NK.argmax(1)).mean()),
+        "label_flips": float(flips_N.mean()),
+        "decision_flips": float((flips_N | (chosen.sure_N != reference.sure_N)).mean()),
         "max_change": float(np.abs(chosen_NK - reference_NK).max()),
     }
 
@@ -230,7 +233,8 @@ def table(runtimes: dict[str, Any]) -> list[str]:
             lines.append(f"{member:<18}{name:<32}{figures}  {chosen}".rstrip())
     ensemble = runtimes["ensemble"]
     lines.append(
-        f"ensemble: {ensemble['label_flips']:.2%} of labels flip, probabilities move by at most "
+        f"ensemble: {ensemble['label_flips']:.2%} of labels flip, "
+        f"{ensemble['decision_flips']:.2%} with the need for review; probabilities move by at most "
         f"{ensemble['max_change']:.4f}"
     )
     return lines

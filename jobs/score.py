@@ -40,6 +40,7 @@ class Settings:
     dicom: "Kind | None" = None
 
 
+DICOM_FOLDER: Final = "dicom_results"
 MANIFEST_FILE: Final = "manifest.json"
 """Written last, so its presence means that all scores are there."""
 
@@ -97,6 +98,12 @@ def score_source(
     from bt_core.data.stream import is_streamed
     from bt_core.ensemble.scorer import Scorer
 
+    streamed = is_streamed(storage.absolute(source))
+    if streamed and options.dicom:
+        raise UsageError(
+            f"--dicom reads scans a second time, which a compressed tar such as {source} does not "
+            "allow one by one: repack it as tar or zip"
+        )
     work = ScoreWork(out)
     started, clock = datetime.now(UTC), time.monotonic()
     try:
@@ -114,6 +121,7 @@ def score_source(
                 bt_version=__version__,
                 num_scans=listing.num_scans,
                 started_at=started.isoformat(timespec="seconds"),
+                overwrites=overwrite,
             )
             with writing(out):
                 if not work.is_begun():
@@ -121,12 +129,6 @@ def score_source(
                 job = work.begin(job)
             num_before = work.num_done()
             args = (bundle.location, chosen, 1, False, options.cascade)
-            streamed = is_streamed(job.source)
-            if streamed and options.dicom:
-                raise UsageError(
-                    f"--dicom reads scans a second time, which a compressed tar such as {source} "
-                    "does not allow one by one: repack it as tar or zip"
-                )
             score_manifest(work, specs, Scorer, args, actors, streamed)
             with writing(out):
                 published = publish(work, out, job.num_scans)
@@ -157,7 +159,7 @@ def _write_dicom(published: "Published", out: str, kind: "Kind") -> dict[str, An
     from bt_core.data import pipeline
     from bt_core.data.dicom_stage import ANSWER_COLUMNS, DicomResultStage
 
-    stage = DicomResultStage(storage.join(out, "dicom"), kind)
+    stage = DicomResultStage(storage.join(out, DICOM_FOLDER), kind)
     reasons: Counter[str] = Counter()
     for part in published.parts:  # one after another: all rows of a large archive would not fit
         rows = storage.read_table(storage.join(out, part["file"]))
@@ -200,10 +202,14 @@ def score_refs(
 
 
 def clear_scores(out: str) -> None:
-    """Remove scores below a folder, and what an interrupted `score_refs` left of some."""
-    storage.remove_file(storage.join(out, MANIFEST_FILE))
-    storage.remove_file(storage.join(out, "review.csv"))
-    storage.remove_dir(storage.join(out, "dicom"))
+    """Remove scores below a folder, and what an interrupted `score_refs` left of some.
+
+    What else a scoring job writes goes only where one has finished: it may be somebody's own.
+    """
+    if storage.exists(storage.join(out, MANIFEST_FILE)):
+        storage.remove_file(storage.join(out, "review.csv"))
+        storage.remove_dir(storage.join(out, DICOM_FOLDER))
+        storage.remove_file(storage.join(out, MANIFEST_FILE))
     for name in storage.list_dirs(out):
         if name == "scores" or (name.startswith("scores.") and name.endswith(".tmp")):
             storage.remove_dir(storage.join(out, name))
@@ -227,7 +233,9 @@ def _list(work: "ScoreWork", source: str, out: str, overwrite: bool) -> "tuple[L
     if work.is_begun():
         again = RefDigest()
         listing = list_scans(source, sink=again)  # a wrong source does not cost what is done
-        if not overwrite:
+        # A killed job that began with --overwrite is given again with it, and goes on, too.
+        goes_on = not overwrite or work.overwrites(source, again.hexdigest())
+        if goes_on:
             return listing, again.hexdigest()
     work.remove()
     writer = ManifestWriter(work.manifest)
@@ -285,7 +293,7 @@ def _print_summary(manifest: dict[str, Any], bundle: "Bundle", out: str) -> None
         print(f"  {name} did not answer: {why}")
     if manifest.get("dicom"):
         results = manifest["dicom"]
-        print(f"  {results['written']} DICOM files, which name patients, in {out}/dicom")
+        print(f"  {results['written']} DICOM files, which name patients, in {out}/{DICOM_FOLDER}")
         for reason, count in results["not_written"].items():
             print(f"  {count} scans without one: {REASONS[reason]}")
     if manifest["attempts"] > 1:

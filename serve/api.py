@@ -145,6 +145,7 @@ class Gateway:
             "labels": info.label_space.names,
             "members": members,
             "review": info.review.model_dump(),
+            "cascade": info.cascade and info.cascade.model_dump(),
             "validation_metrics": info.metrics,
             "provenance": info.provenance,
         }

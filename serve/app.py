@@ -25,6 +25,8 @@ class ServeSettings(StrictModel):
     threads_per_replica: int = Field(1, ge=1)
     """Torch threads of a copy on the CPU; copies times threads should not exceed the cores."""
     cpus_per_replica: float = Field(0.5, gt=0)
+    cascade: bool = True
+    """Let the first member answer alone where the bundle says that this is safe."""
 
 
 def build(args: dict[str, object]) -> Application:
@@ -40,7 +42,7 @@ def build(args: dict[str, object]) -> Application:
     ensemble = (
         cast(Deployment, EnsembleDeployment)
         .options(num_replicas=settings.num_replicas, ray_actor_options=resources)
-        .bind(settings.bundle, settings.device, settings.threads_per_replica)
+        .bind(settings.bundle, settings.device, settings.threads_per_replica, settings.cascade)
     )
     gateway = cast(Deployment, Gateway).options(ray_actor_options={"num_cpus": 0.1})
     return gateway.bind(settings.bundle, ensemble)

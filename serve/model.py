@@ -22,10 +22,13 @@ class EnsembleDeployment:
         bundle_location: folder of the bundle, readable on every node.
         device: `cpu` or `cuda`.
         num_threads: torch threads of a replica on the CPU.
+        cascade: let the first member answer alone where the bundle says that this is safe.
     """
 
-    def __init__(self, bundle_location: str, device: str, num_threads: int) -> None:
-        self._ensemble = Ensemble(Bundle(bundle_location), device, num_threads, cascade=True)
+    def __init__(
+        self, bundle_location: str, device: str, num_threads: int, cascade: bool = True
+    ) -> None:
+        self._ensemble = Ensemble(Bundle(bundle_location), device, num_threads, cascade)
 
     def bundle_id(self) -> str:
         """Return the id of the loaded bundle; answering at all says that it is loaded."""

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from bt_core.models.bundle import ReviewInfo
+from bt_core.models.bundle import CascadeInfo, ReviewInfo
 
 
 class Prediction(BaseModel):
@@ -51,6 +51,7 @@ class ModelDescription(BaseModel):
     labels: list[str]
     members: list[dict[str, Any]]
     review: ReviewInfo
+    cascade: CascadeInfo | None = Field(description="When the first member may answer alone.")
     validation_metrics: dict[str, Any]
     provenance: dict[str, Any]
     notice: str = "For research. Not a medical device."
@@ -86,7 +87,11 @@ EXAMPLE_PREDICTION: dict[str, Any] = {
             "num_frames": 1,
             "prediction_set": ["meningioma"],
             "members_used": ["mobilenetv2"],
+            "runtimes": ["openvino fp32"],
             "seen_in_training": False,
+            "nearest_family": None,
+            "nearest_correlation": 0.71,
+            "distance": 0.98,
             "bundle_id": "0123456789abcdef",
             "preprocess_digest": "0" * 64,
         }

@@ -45,10 +45,12 @@ class DecodeStage:
     Args:
         specs: preprocessing specs with distinct pixels; none makes a catalog.
         hash_key: for patient identifiers; None leaves them out.
+        gated: ask the input gate; else its column is empty.
     """
 
     specs: tuple[PreprocessSpec, ...] = ()
     hash_key: bytes | None = field(default=None, repr=False)
+    gated: bool = False
 
     def __call__(self, columns: Columns) -> Columns:
         """Process a batch; a scan that cannot be used gets a reason, never an exception."""
@@ -84,7 +86,7 @@ class DecodeStage:
             "num_frames": scan.num_frames,
             "frame_index": scan.frame_index,
             "patient": result["patient"] or scan.patient,
-            "gate": gate(scan),
+            "gate": gate(scan) if self.gated else "",
         }
         for i, spec in enumerate(self.specs):
             result[f"pixels_{i}"] = preprocess_pixels(scan.image_HW, spec)

@@ -13,7 +13,7 @@ from bt_core.scans.dicom_results import Answer, Kind, dicom_result
 
 ANSWER_COLUMNS: Final = (
     "scan_id", "uri", "member", "position", "format", "status", "reason", "predicted_label",
-    "frame_index", "num_frames", "bundle_id",
+    "frame_index", "num_frames", "bundle_id", "content_sha256",
 )  # fmt: skip
 """Of score rows, besides `prob_<class>`."""
 
@@ -61,7 +61,10 @@ class DicomResultStage:
             num_frames=int(row["num_frames"]),
         )
         try:
-            made = dicom_result(read_member(ref), answer, self.kind)
+            content = read_member(ref)
+            if storage.sha256(content) != str(row["content_sha256"]):  # another patient's, perhaps
+                raise ScanError("io_error", "the file has changed since it was scored")
+            made = dicom_result(content, answer, self.kind)
         except ScanError as error:
             return self.set_aside(row, error.reason, error.detail)
         storage.write_bytes(storage.join(self.folder, f"{scan_id}.dcm"), made)

@@ -248,7 +248,7 @@ def _in_actors(
     num_actors, cpus_per_actor, num_gpus_per_actor = actors
     size = num_workers(num_actors, refs.num_rows, scans_worth_one)
     with bounded_retries():
-        return decode(refs, DecodeStage(specs), block_rows).map_batches(
+        return decode(refs, DecodeStage(specs, gated=True), block_rows).map_batches(
             worker,
             fn_constructor_args=worker_args,
             batch_size=min(SCORE_BATCH, scans_worth_one),

@@ -42,6 +42,8 @@ class ScoreJob(StrictModel):
     bt_version: str
     num_scans: int
     started_at: str
+    overwrites: bool = False
+    """It was begun with --overwrite, so this does not ask to begin anew."""
     num_attempts: int = 1
 
 
@@ -78,6 +80,15 @@ class ScoreWork:
                 f"{self._job} is of an unfinished job of another version: finish it with that "
                 "version, choose another -o, or pass --overwrite to begin anew"
             ) from error
+
+    def overwrites(self, source: str, manifest_digest: str) -> bool:
+        """Return whether the job that was begun replaces scores by those of this listing."""
+        try:
+            begun = self.job()
+        except UsageError:
+            return False
+        same = (storage.absolute(source), manifest_digest) == (begun.source, begun.manifest_digest)
+        return begun.overwrites and same
 
     def begin(self, job: ScoreJob) -> ScoreJob:
         """Put a new job on record, or another attempt at the one that was begun.

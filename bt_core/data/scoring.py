@@ -95,7 +95,7 @@ def score_manifest(
     ):
         refs.repartition(target_num_rows_per_block=block_rows).map_batches(
             oversee_stream if is_streamed else oversee,
-            fn_kwargs={"stage": DecodeStage(specs)},
+            fn_kwargs={"stage": DecodeStage(specs, gated=True)},
             batch_size=None,
             compute=ray.data.TaskPoolStrategy(size=num_overseers(num_blocks)),
             max_retries=MAX_RETRIES,
@@ -172,6 +172,9 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.ActorDiedError as error:
+        if error.actor_init_failed:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise RunError(f"no scorer could start: {lines[-1] if lines else error}") from error
         raise RunError(
             f"a scorer's process died {MAX_RESTARTS} times (memory, or a fault in the model's "
             "runtime); what is scored is kept: the same command goes on from there"

@@ -102,13 +102,14 @@ class Explainer:
         names = self._ensemble.info.label_space.names
         classes_B = torch.tensor([names.index(a["predicted_label"]) for a in answers])
         heat_BSS, methods, figures = self._judged_maps(pixels, classes_B)
+        shown_BSS = pixels[self._ensemble.predictor.spec_of[0]]
         return [
             {
                 **{n: answer[n] for n in ("status", "reason", "predicted_label", "confidence")},
                 "method": methods,
                 **{name: None if np.isnan(f[b]) else float(f[b]) for name, f in figures.items()},
-                "size_px": pixels[0].shape[-1],
-                "image": np.ascontiguousarray(pixels[0][b]).tobytes(),
+                "size_px": shown_BSS.shape[-1],
+                "image": np.ascontiguousarray(shown_BSS[b]).tobytes(),
                 "heat": np.ascontiguousarray(heat_BSS[b]).tobytes(),
             }
             for b, answer in enumerate(answers)
@@ -125,7 +126,7 @@ class Explainer:
         predictor, members = self._ensemble.predictor, self._ensemble.predictor.members
         classes_B = classes_B.to(predictor.device)
         total = {name: np.zeros(len(classes_B)) for name in FIGURES}
-        drawn_BSS, methods = torch.zeros(pixels[0].shape), []
+        drawn_BSS, methods = torch.zeros(pixels[predictor.spec_of[0]].shape), []
         geometry = _geometry(members[0].preprocess)
         inputs = predictor.inputs(pixels)
         shares = self._ensemble.shares

@@ -5,7 +5,7 @@ from typing import Any
 
 from bt_core.evaluation.evaluated import EvaluatedScans
 from bt_core.evaluation.intervals import interval_text
-from bt_core.models.bundle import BundleInfo, ReviewInfo
+from bt_core.models.bundle import COPIES_FILE, BundleInfo, ReviewInfo
 from bt_core.scans.members import ATTRIBUTES
 
 _CARD = """\
@@ -33,7 +33,9 @@ on patients, other organs, other modalities, whole volumes.
 
 {figures}
 Limits: neighbouring slices of one patient may stand on both sides of the split where the scans
-carry no patient id, so figures are upper bounds. Scans that are no brain MRI are not recognised.
+carry no patient id, so figures are upper bounds. Pictures that show no head are refused by their
+pixels, and others unlike the training scans are marked for review; a scan of another modality may
+pass. {pictures}
 {groups} Heat maps show what moved an answer, not where a tumour is.
 """
 
@@ -84,6 +86,7 @@ def model_card(
         review=review_sentence(info.review),
         cascade=cascade_sentence(info),
         runtimes=runtimes_sentence(info),
+        pictures=_pictures(info),
         level=info.review.conformal_level,
         healthy=healthy_sentence(info.review),
         dataset_digest=info.provenance["dataset_digest"][:16],
@@ -117,7 +120,8 @@ def cascade_sentence(info: BundleInfo) -> str:
         f"{info.members[0].name} answers {cascade.answered_alone:.1%} of {cascade.num_scans} "
         f"validation scans alone; {cascade.agreement:.2%} of all answers are the ensemble's "
         f"({cascade.agreement_by_family:.2%} one per family; {1 - cascade.max_disagreement:.1%} "
-        "of new families' are to be, in expectation)."
+        "of new families' are to be, in expectation). Its own review rule, fitted as the "
+        "ensemble's is, holds for these."
     )
 
 
@@ -148,6 +152,16 @@ def healthy_sentence(review: ReviewInfo) -> str:
     return (
         f"Of tumours of new families at most {missed} are to lie above {review.healthy_above:.3f} "
         "for none."
+    )
+
+
+def _pictures(info: BundleInfo) -> str:
+    """Return what of the training scans' pixels the bundle holds."""
+    if COPIES_FILE not in info.files and info.files:
+        return "No picture of a training scan is in the bundle."
+    return (
+        "To tell copies of training scans the bundle holds a blurred picture of each, of some"
+        "\n40 px (`bt ensemble --no-copies` leaves them out)."
     )
 
 

@@ -173,6 +173,7 @@ def _untempered(scans: Scans, bundle: BundleInfo) -> np.ndarray:
 def _cascade(scans: Scans, bundle: BundleInfo) -> dict[str, Any] | None:
     """Return how the cascade, which these figures are without, would have changed the answers.
 
+    By what the members say alone: what the input gate and the like defer is deferred either way.
     `answered_alone` is the share that the first member answers; `agreement` the share with the
     ensemble's class and need for review; `missed` and `missed_by_ensemble` count tumours called
     free of one without review. None if the bundle has no cascade.
@@ -183,9 +184,11 @@ def _cascade(scans: Scans, bundle: BundleInfo) -> dict[str, Any] | None:
     first = calibration_of(bundle, [bundle.members[0].name])
     alone = decide(first.probs(scans.logits_NMK[:, :1].swapaxes(0, 1)), first.review, space)
     stands_N = stands(alone, bundle.cascade.min_confidence, space.names)
-    label_N, ill_N = scans.probs_NK.argmax(1), scans.labels_N != space.healthy
-    same_N = ~stands_N | ((alone.label_N == label_N) & scans.scored_N)
-    called_N = (label_N == space.healthy) & scans.scored_N
+    everyone = calibration_of(bundle, [member.name for member in bundle.members])
+    whole = decide(everyone.probs(scans.logits_NMK.swapaxes(0, 1)), bundle.review, space)
+    ill_N = scans.labels_N != space.healthy
+    same_N = ~stands_N | ((alone.label_N == whole.label_N) & whole.sure_N)
+    called_N = (whole.label_N == space.healthy) & whole.sure_N
     called_alone_N = np.where(stands_N, alone.label_N == space.healthy, called_N)
     return {
         "answered_alone": float(stands_N.mean()),

@@ -3,6 +3,7 @@
 Shape suffixes: N scans, B batch, S side, K classes.
 """
 
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -146,7 +147,7 @@ def choose_runtime(
             began = time.perf_counter()
             runtime = start(classifier, preprocessor, info, files)
         except UnavailableError as error:
-            row.why_not = str(error)
+            row.why_not = _without_paths(str(error))
             return None
         row.start_seconds = round(time.perf_counter() - began, 2)
         logits_NK = runtime.run(scans.compared_NSS)[0]
@@ -318,3 +319,8 @@ def _time_in_turns(started: Sequence[_Started], pixels_NSS: np.ndarray) -> None:
             own.append(num / seconds)
     for one, own in zip(started, rates, strict=True):
         one.measured.images_per_second = round(statistics.median(own), 1)
+
+
+def _without_paths(text: str) -> str:
+    """Return the first line of an error without paths of this machine, for the bundle keeps it."""
+    return re.sub(r"(?<!\w)/[^\s:'\"]+", "...", next(iter(text.splitlines()), ""))

@@ -53,8 +53,8 @@ class Answer:
 def dicom_result(content: bytes, answer: Answer, kind: Kind) -> bytes:
     """Return a DICOM object with the answer, in the study of the scan.
 
-    Its UIDs follow from the scan's, the bundle and the kind, so that the same work gives the same
-    object and an archive that gets it twice keeps one.
+    Its UIDs follow from the scan's, the bundle, the kind and the answer, so that an archive that
+    gets the same answer twice keeps it once, and another answer beside it.
 
     Args:
         content: the scan's DICOM file.
@@ -62,25 +62,26 @@ def dicom_result(content: bytes, answer: Answer, kind: Kind) -> bytes:
         kind: structured report (TID 1500) or secondary capture.
 
     Raises:
-        ScanError: `not_an_image_object` if the scan's header does not say which study it is of, or
-            what it lacks for an object beside it.
+        ScanError: `no_dicom_result` if the scan's header does not say which study it is of, or has
+            what no object beside it may repeat; or why the scan cannot be decoded.
     """
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
     make = _structured_report if kind == "sr" else _secondary_capture
+    stream = io.BytesIO()
     with warnings.catch_warnings():  # they quote header values
         warnings.simplefilter("ignore")
-        scan = _with_patient(read(content))
-        missing = [name for name in _NEEDED if not scan.get(name)]
-        if missing:
-            raise ScanError("not_an_image_object", f"no {', '.join(missing)}")
         try:
+            scan = _with_patient(read(content))
+            missing = [name for name in _NEEDED if not scan.get(name)]
+            if missing:
+                raise ScanError("no_dicom_result", f"no {', '.join(missing)}")
             made = make(scan, content, answer)
-        except (AttributeError, ValueError, TypeError, KeyError) as error:
-            # Their texts may quote a header.
-            raise ScanError("not_an_image_object", type(error).__name__) from None
-        made.file_meta.ImplementationVersionName = f"BT {__version__}"[:16]
-        stream = io.BytesIO()
-        pydicom.dcmwrite(stream, made, enforce_file_format=True)
+            made.file_meta.ImplementationVersionName = f"BT {__version__}"[:16]
+            pydicom.dcmwrite(stream, made, enforce_file_format=True)
+        except ScanError:
+            raise
+        except Exception as error:  # whatever a header makes them raise; it may quote the header
+            raise ScanError("no_dicom_result", type(error).__name__) from None
     return stream.getvalue()
 
 
@@ -168,7 +169,11 @@ def _secondary_capture(scan: pydicom.Dataset, content: bytes, answer: Answer) ->
         transfer_syntax_uid=ExplicitVRLittleEndian,
     )
     capture.SeriesDescription = "bt: classification (research use only)"
-    capture.BurnedInAnnotation = "YES" if scan.get("BurnedInAnnotation") == "YES" else "NO"
+    stated = str(scan.get("BurnedInAnnotation") or "").strip().upper()
+    if "YES" in stated or answer.reason == "burnt_in_text":
+        capture.BurnedInAnnotation = "YES"
+    elif stated == "NO":
+        capture.BurnedInAnnotation = "NO"
     capture.DerivationDescription = f"bt {__version__}, bundle {answer.bundle_id}. {_NOTICE}"
     # Of the slice the capture shows no orientation: what stands beside it has none.
     capture.add_new("PatientOrientation", "CS", None)
@@ -219,6 +224,8 @@ def _code(value: str, meaning: str) -> sr.CodedConcept:
 
 
 def _uid(scan: pydicom.Dataset, answer: Answer, what: str) -> UID:
-    """Return a UID that follows from the scan's; of a series, from the scan's series."""
-    of = scan.SeriesInstanceUID if what.endswith("series") else scan.SOPInstanceUID
-    return generate_uid(entropy_srcs=[str(of), answer.bundle_id, what])
+    """Return a UID that follows from the scan's and the answer; of a series, from the scan's."""
+    if what.endswith("series"):
+        return generate_uid(entropy_srcs=[str(scan.SeriesInstanceUID), answer.bundle_id, what])
+    said = f"{answer.predicted_label} {answer.reason} {sorted(answer.probabilities.items())}"
+    return generate_uid(entropy_srcs=[str(scan.SOPInstanceUID), answer.bundle_id, what, said])

@@ -248,7 +248,13 @@ def _finish(
         state = torch.load(os.path.join(folder, STATE_FILE), weights_only=True, map_location="cpu")
         validation = storage.read_table(os.path.join(folder, PREDICTIONS_FILE))
     model.load_state_dict(state["model"])
-    columns = dataset.split("validation").select(["scan_id", "group"]).to_pydict()
+    # What calibrates must be of families that trained nothing; only a given split has others.
+    known = dataset.split("validation")
+    clean = known.filter(pc.invert(known["copy_in_training"]))
+    if clean.num_rows:
+        ids = validation["scan_id"]
+        validation = validation.filter(pc.is_in(ids, clean["scan_id"].combine_chunks()))
+    columns = known.select(["scan_id", "group"]).to_pydict()
     group_of = dict(zip(columns["scan_id"], columns["group"], strict=True))
     groups = [group_of[scan_id] for scan_id in validation["scan_id"].to_pylist()]
     validation = validation.append_column("group", pa.array(groups, pa.string()))

@@ -110,7 +110,8 @@ def test_a_compressed_tar_is_scored_like_the_zip(chain, archive, undisturbed, tm
             header.size = len(members.read(name))
             file.addfile(header, io.BytesIO(members.read(name)))
     assert bt("score", chain.bundle, source, "-o", tmp_path / "out") == 3
-    assert rows(tmp_path / "out").equals(undisturbed)
+    packed, zipped = (t.drop_columns(["position"]) for t in (rows(tmp_path / "out"), undisturbed))
+    assert packed.equals(zipped)
 
 
 class DeadlyScorer:

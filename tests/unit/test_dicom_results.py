@@ -56,6 +56,10 @@ def test_a_result_is_in_the_study_of_its_scan_and_the_same_each_time(scan, kind)
         other = replace(ANSWER, bundle_id="f" * 16)
         newer = pydicom.dcmread(io.BytesIO(dicom_result(scan, other, kind)))
         assert newer[name].value != once[name].value
+    sure = replace(ANSWER, predicted_label="glioma", needs_review=False, reason="")
+    changed_mind = pydicom.dcmread(io.BytesIO(dicom_result(scan, sure, kind)))
+    assert changed_mind.SOPInstanceUID != once.SOPInstanceUID, "an archive keeps the first"
+    assert changed_mind.SeriesInstanceUID == once.SeriesInstanceUID
     both = [pydicom.dcmread(io.BytesIO(dicom_result(scan, ANSWER, k))) for k in ("sr", "sc")]
     assert both[0].SeriesInstanceUID != both[1].SeriesInstanceUID
 
@@ -92,7 +96,14 @@ def test_a_secondary_capture_shows_the_slice_and_the_answer(scan):
     bars = (picture[:, 512:] == (90, 170, 240)).all(-1)
     widths = [int(bars[140 + 50 * place + 15].sum()) for place in range(4)]
     np.testing.assert_allclose(widths, 440 * np.array([0.25, 0.05, 0.6, 0.1]), atol=2)
-    assert capture.BurnedInAnnotation == "NO"
+    assert "BurnedInAnnotation" not in capture, "nobody has said that there is none"
+    stated = changed(scan, BurnedInAnnotation="NO")
+    assert (
+        pydicom.dcmread(io.BytesIO(dicom_result(stated, ANSWER, "sc"))).BurnedInAnnotation == "NO"
+    )
+    found = replace(ANSWER, reason="burnt_in_text")
+    seen = pydicom.dcmread(io.BytesIO(dicom_result(stated, found, "sc")))
+    assert seen.BurnedInAnnotation == "YES"
     marked = changed(scan, BurnedInAnnotation="YES")
     kept = pydicom.dcmread(io.BytesIO(dicom_result(marked, ANSWER, "sc")))
     assert kept.BurnedInAnnotation == "YES"
@@ -108,6 +119,20 @@ def test_a_header_that_does_not_say_its_study_is_an_error_without_values(scan, k
         dicom_result(odd, ANSWER, kind)
     assert "CANARY" not in str(caught.value) + str(odd_caught.value)
     assert not [w for w in recwarn if "CANARY" in str(w.message)]
+
+
+@pytest.mark.parametrize("kind", ["sr", "sc"])
+def test_no_header_ends_a_job_or_is_quoted(scan, kind):
+    """A VR that does not exist decodes, and nothing can be written beside it."""
+    at = scan.index(b"\x08\x00\x90\x00")
+    broken = scan[: at + 4] + b"PQ" + scan[at + 6 :]
+    with pytest.raises(ScanError) as caught:
+        dicom_result(broken, ANSWER, kind)
+    assert caught.value.reason == "no_dicom_result"
+    with pytest.raises(ScanError) as caught:
+        dicom_result(changed(scan, PatientSex="CANARY"), ANSWER, kind)
+    assert caught.value.reason == "no_dicom_result"
+    assert "CANARY" not in str(caught.value)
 
 
 def test_a_study_without_a_patients_name_gets_its_result_too(scan):
