@@ -1,8 +1,9 @@
 """`bt tune` and `bt replay` through the commands: interrupted, gone on with, ranked, replayed."""
 
 import json
-import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -67,11 +68,13 @@ def swept(chain, tmp_path_factory):
     words = ("tune", sweep, "--data", chain.data, "-o", root / "out")
     out = str(root / "out")
     opened = len(openings(str(chain.data)))
+    # A process of its own, as a user would stop: signals of this one are for the whole session.
+    started = subprocess.Popen([sys.executable, "-m", "jobs.tune", *map(str, words[1:])])
     interrupt = when(
         lambda: any(r.status in ("finished", "failed") for r in records_of(out)),
-        lambda: os.kill(os.getpid(), signal.SIGINT),
+        lambda: started.send_signal(signal.SIGINT),
     )
-    first = bt(*words)
+    first = started.wait()
     interrupt.join()
     before = {r.trial_id: r for r in records_of(out) if r.status in ("finished", "failed")}
     assert not (root / "out" / "leaderboard.parquet").exists()

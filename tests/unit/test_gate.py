@@ -244,7 +244,9 @@ def test_batches_and_uploads_are_told_alike():
     column = np.empty(len(contents), object)
     column[:] = contents
     refs = {k: np.array([k] * len(contents)) for k in ("scan_id", "uri", "member")}
-    rows = DecodeStage()({**refs, "position": np.zeros(len(contents), int), CONTENT: column})
+    rows = DecodeStage(gated=True)(
+        {**refs, "position": np.zeros(len(contents), int), CONTENT: column}
+    )
     assert rows["gate"].tolist() == ["", "inverted_contrast", "burnt_in_text", ""]
     assert rows["reason"].tolist() == ["", "", "", "unsupported_type"]
     uploads = [decode_upload(content, "", ())[3] for content in contents[:3]]
