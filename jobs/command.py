@@ -81,6 +81,7 @@ _LOCATIONS: Final = frozenset(
         "models",
         "trained_on",
         "folder",
+        "work",
     }
 )
 """Parameters that hold paths, made absolute for a submitted job, whose folder is another."""

@@ -1,5 +1,6 @@
 """Shared fixtures: one Ray for the whole session, and one small chain that many tests look at."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bt_core.log import logger
 from bt_core.scans.phantom import write_archive
 from jobs.cli import main
 
@@ -27,6 +29,35 @@ def bt_process(*words: object, **options: object) -> subprocess.CompletedProcess
     """Run a command in a process of its own and return what it printed."""
     command = [sys.executable, "-m", f"jobs.{words[0]}", *map(str, words[1:])]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+class Lines(logging.Handler):
+    """What this project logs, whatever other libraries do to the root logger."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+    @property
+    def text(self):
+        return "\n".join(self.messages)
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """Collect the log lines of a test."""
+    handler = Lines()
+    monkeypatch.setattr(logger, "disabled", False)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ from bt_core.ensemble.scorer import Scorer
 from bt_core.errors import BundleError, ConfigError, WeightsError
 from bt_core.inference.predictor import Predictor, distinct_specs
 from bt_core.labels import LABEL_SPACES
-from bt_core.log import logger
 from bt_core.models.bundle import (
     COPIES_FILE,
     FAR_FILE,
@@ -221,7 +220,7 @@ def some_pixels(ensemble, num=12):
 
 
 @pytest.mark.parametrize("fault", ["damaged", "missing", "other preprocessing"])
-def test_a_member_that_cannot_answer_is_left_out_and_said(tmp_path, fault, caplog, monkeypatch):
+def test_a_member_that_cannot_answer_is_left_out_and_said(tmp_path, fault, lines, monkeypatch):
     info = with_subsets(tmp_path / "b")
     weights = tmp_path / "b" / "members" / "m0" / "model.safetensors"
     if fault == "damaged":
@@ -235,12 +234,11 @@ def test_a_member_that_cannot_answer_is_left_out_and_said(tmp_path, fault, caplo
             "golden_digest",
             property(lambda self: "0" * 64 if self.spec.size_px == 32 else digest(self)),
         )
-    monkeypatch.setattr(logger, "propagate", True)
     ensemble = Ensemble(Bundle(str(tmp_path / "b")), cascade=True)
     pixels = some_pixels(ensemble)
     assert [spec.size_px for spec in ensemble.specs] == [32, 48, 64], "what decodes does not know"
     answers = ensemble.answer(pixels, ["cd" * 32] * 12)
-    assert "member m0 does not answer" in caplog.text
+    assert "member m0 does not answer" in lines.text
     expected = softmax(ensemble.predictor.logits(pixels)[0] / 1.5 / 4.0, axis=1)
     for answer, probs_K in zip(answers, expected, strict=True):
         assert answer["members_used"] == ["m1"]

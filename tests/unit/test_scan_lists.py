@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import logging
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from bt_core.data.catalog import label_refs
 from bt_core.errors import SourceError, UsageError
 from bt_core.scans.archives import list_scans, read_member
 from bt_core.scans.identity import hash_key, keyed_hash
+from tests.conftest import Lines
 from tests.unit.sources import FILES, make_folder, make_zip, refusal
 
 KEY = b"0123456789abcdef"
@@ -71,14 +71,11 @@ def test_the_column_of_patients_has_several_names(folder: Path, name: str, colum
 
 
 @pytest.mark.parametrize("name", ["l.csv", "l.parquet"])
-def test_columns_that_are_not_used_are_named(
-    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(logging.getLogger("bt"), "propagate", True)
+def test_columns_that_are_not_used_are_named(folder: Path, lines: Lines, name: str) -> None:
     columns = {"File": ROWS["path"], "pat": ROWS["patient"], "age": ROWS["age"]}
     list_scans(write_list(folder / name, columns), KEY)
-    assert "not used: pat, age (used: File as path)" in caplog.text
-    assert "Doe" not in caplog.text
+    assert "not used: pat, age (used: File as path)" in lines.text
+    assert "Doe" not in lines.text
 
 
 @pytest.mark.parametrize("name", ["l.csv", "l.parquet"])
@@ -97,16 +94,14 @@ def test_origins_that_may_name_a_person_are_left_out(
     folder: Path,
     name: str,
     value: str,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    lines: Lines,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("bt"), "propagate", True)
     columns = {"path": ROWS["path"], "site": ["A", value, ""], "plane": ["axial"] * 3}
     refs = list_scans(write_list(folder / name, columns)).refs
     assert value not in str(refs)
     assert "axial" in str(refs)
-    assert "the list's site is not used" in caplog.text
-    assert value not in caplog.text
+    assert "the list's site is not used" in lines.text
+    assert value not in lines.text
 
 
 def test_origins_of_too_many_values_are_left_out(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """What scoring does without Ray: the manifest, the lock, what goes on, and what is published."""
 
 import csv
-import logging
 import os
 import random
 import subprocess
@@ -274,20 +273,16 @@ def test_a_batch_that_ends_well_leaves_no_record(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_progress_says_how_long_it_will_take(monkeypatch, caplog):
+def test_progress_says_how_long_it_will_take(monkeypatch, lines):
     now = [0.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(log.logger, "propagate", True)
     progress = log.Progress("scored", 1000, done=400)
-    with caplog.at_level(logging.INFO, "bt"):
-        progress.reach(450)
-        now[0] = 10.0
-        progress.reach(500)
-        now[0] = 12.0
-        progress.add(10)
-    assert [record.getMessage() for record in caplog.records] == [
-        "scored 500 of 1000 scans (10.0/s, 50 s left)"
-    ]
+    progress.reach(450)
+    now[0] = 10.0
+    progress.reach(500)
+    now[0] = 12.0
+    progress.add(10)
+    assert lines.messages == ["scored 500 of 1000 scans (10.0/s, 50 s left)"]
     assert [log.duration(s) for s in (89, 600, 3 * 3600 + 300)] == ["89 s", "10 min", "3 h 05 min"]
 
 
