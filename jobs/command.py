@@ -221,16 +221,28 @@ def all_met(requirements: "Sequence[Requirement]", figures: dict[str, Any]) -> b
     return all(met for met, _ in checked)
 
 
+def refuse_taken(out: str, marker: str, what: str, overwrite: bool) -> None:
+    """Refuse an output folder that holds something that is not to be replaced.
+
+    Raises:
+        UsageError: if it is there and not to be overwritten, or does not hold the file `marker`,
+            and so is not `what` it should be.
+    """
+    if not storage.exists(out):
+        return
+    if not overwrite:
+        raise UsageError(f"{out} exists; choose another -o, or pass --overwrite")
+    if not storage.exists(storage.join(out, marker)):
+        raise UsageError(f"{out} is not {what}, so it is not overwritten; choose another -o")
+
+
 def make_room(out: str, marker: str, what: str) -> None:
     """Remove an output folder that is to be overwritten.
 
     Raises:
         UsageError: if it does not hold the file `marker`, and so is not `what` it should be.
     """
-    if not storage.exists(out):
-        return
-    if not storage.exists(storage.join(out, marker)):
-        raise UsageError(f"{out} is not {what}, so it is not overwritten; choose another -o")
+    refuse_taken(out, marker, what, overwrite=True)
     storage.remove_dir(out)
 
 

@@ -7,7 +7,7 @@ import typer
 from bt_core import storage
 from bt_core.errors import EXIT_OK, BtError, UsageError
 from bt_core.log import logger
-from jobs.command import OutOption, OverwriteOption
+from jobs.command import OutOption, OverwriteOption, refuse_taken
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,11 +88,7 @@ def run(
         "options",
     )
     loaded = [Run(location) for location in runs]
-    if storage.exists(out):
-        if not overwrite:
-            raise UsageError(f"{out} exists; choose another -o, or pass --overwrite")
-        if not storage.exists(storage.join(out, "bundle.json")):
-            raise UsageError(f"{out} is not a bundle, so it is not overwritten; choose another -o")
+    refuse_taken(out, "bundle.json", "a bundle", overwrite)
     _report(build(out, loaded, options, data, copies))
     print(f"bundle in {out}")
     return EXIT_OK
@@ -171,7 +167,8 @@ def _known_scans(
 
     spec = first.info.preprocess
     with session():
-        thumbnails, own = (ensure_view(dataset, s) for s in (THUMBNAIL, spec))
+        own = ensure_view(dataset, spec)
+        thumbnails = ensure_view(dataset, THUMBNAIL) if copies else ""
     arrays = {}
     if copies:
         columns = dataset.catalog().select(["scan_id", "family"]).to_pydict()

@@ -8,7 +8,14 @@ import typer
 from bt_core import storage
 from bt_core.errors import EXIT_OK, BundleError, UsageError
 from bt_core.log import logger
-from jobs.command import BundleArgument, DataOption, OutOption, OverwriteOption, make_room
+from jobs.command import (
+    BundleArgument,
+    DataOption,
+    OutOption,
+    OverwriteOption,
+    make_room,
+    refuse_taken,
+)
 
 if TYPE_CHECKING:
     from bt_core.data.catalog import Dataset
@@ -88,11 +95,7 @@ def _check(bundle: "Bundle", dataset: "Dataset", out: str, overwrite: bool) -> N
         )
     if out == bundle.location:
         raise UsageError(f"-o {out} is the bundle itself; choose a folder beside it")
-    if storage.exists(out):
-        if not overwrite:
-            raise UsageError(f"{out} exists; choose another -o, or pass --overwrite")
-        if not storage.exists(storage.join(out, "bundle.json")):
-            raise UsageError(f"{out} is not a bundle, so it is not overwritten; choose another -o")
+    refuse_taken(out, "bundle.json", "a bundle", overwrite)
 
 
 def _read_scans(bundle: "Bundle", dataset: "Dataset", most: int) -> "dict[str, Scans]":

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bt_core.ensemble.review import Decisions
+from bt_core.ensemble.review import Decisions, count_once
 from bt_core.labels import LabelSpace
 from bt_core.models.bundle import CascadeInfo
 
@@ -37,7 +37,7 @@ def fit_cascade(
         None if too few families are there to promise it, or no answer would stand.
     """
     differs_N = (alone.label_N != whole.label_N) | ~whole.sure_N
-    counted_N, num_families = _counted(family_N)
+    counted_N, num_families = count_once(family_N)
     standing_N = np.where(alone.sure_N, alone.confidence_N, -1.0)
     threshold = _lowest_safe(standing_N, differs_N, counted_N, num_families, max_disagreement)
     if threshold is None:
@@ -87,9 +87,3 @@ def _lowest_safe(
     last_of_ties = np.append(np.diff(standing_N[order]) != 0, True)
     safe = np.flatnonzero((risk_N <= max_disagreement) & last_of_ties & (standing_N[order] >= 0))
     return float(standing_N[order][safe[-1]]) if len(safe) else None
-
-
-def _counted(family_N: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return what each scan counts, so that its family counts 1, and the number of families."""
-    code_N, size_F = np.unique(family_N, return_inverse=True, return_counts=True)[1:]
-    return 1 / size_F[code_N], len(size_F)

@@ -85,8 +85,10 @@ class Ensemble:
         if self._cascade is not None and self._first is not None:
             alone = decide(self._first.probs(first_BK[None]), self._first.review, self._space)
             stands_B = stands(alone, self._cascade.min_confidence, self._space.names)
-            answers = self._fields(self._first, first_BK[None])
-            rest = np.flatnonzero(~stands_B)
+            rest, left_alone = np.flatnonzero(~stands_B), np.flatnonzero(stands_B)
+            alone_fields = self._fields(self._first, first_BK[None, left_alone])
+            for b, fields in zip(left_alone, alone_fields, strict=True):
+                answers[b] = fields
         if len(rest):
             others = range(1, len(self.predictor.members))
             logits_MBK = first_BK[None, rest]

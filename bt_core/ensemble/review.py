@@ -68,6 +68,12 @@ def fit_review(
     )
 
 
+def count_once(family_N: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return what each scan counts, so that its family counts 1, and the number of families."""
+    code_N, size_F = np.unique(family_N, return_inverse=True, return_counts=True)[1:]
+    return 1 / size_F[code_N], len(size_F)
+
+
 def conformal_quantile(scores_N: np.ndarray, family_N: np.ndarray, level: float) -> float:
     """Return the score that one of a new family does not exceed, `level` of the time or more.
 
@@ -81,9 +87,9 @@ def conformal_quantile(scores_N: np.ndarray, family_N: np.ndarray, level: float)
     """
     if not len(scores_N):
         return 1.0
-    code_N, size_F = np.unique(family_N, return_inverse=True, return_counts=True)[1:]
+    counted_N, num_families = count_once(family_N)
     order = np.argsort(scores_N, kind="stable")
-    passed_N = np.cumsum((1 / size_F[code_N])[order]) / (len(size_F) + 1)
+    passed_N = np.cumsum(counted_N[order]) / (num_families + 1)
     enough = np.flatnonzero(passed_N >= level - 1e-12)
     return float(scores_N[order][enough[0]]) if len(enough) else 1.0
 

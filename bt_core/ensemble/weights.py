@@ -5,6 +5,8 @@ from typing import Final, Literal
 import numpy as np
 from sklearn.model_selection import GroupKFold
 
+from bt_core.ensemble.review import count_once
+
 Method = Literal["log_loss", "greedy", "equal"]
 _STEPS: Final = 500
 _ROUNDS: Final = 50
@@ -24,10 +26,9 @@ def fit_weights(true_probs_MN: np.ndarray, family_N: np.ndarray, method: Method)
     """
     if method == "equal":
         return np.full(len(true_probs_MN), 1 / len(true_probs_MN))
-    size_F, code_N = _sizes(family_N)
-    counted_N = 1 / (size_F[code_N] * len(size_F))
+    counted_N, num_families = count_once(family_N)
     fit = _by_log_loss if method == "log_loss" else _by_selection
-    shares_M = fit(np.maximum(true_probs_MN, 1e-12), counted_N)
+    shares_M = fit(np.maximum(true_probs_MN, 1e-12), counted_N / num_families)
     shares_M = np.where(shares_M < _LEAST_SHARE, 0, shares_M)
     result: np.ndarray = shares_M / shares_M.sum()
     return result
@@ -40,14 +41,14 @@ def out_of_fold_log_loss(
 
     None if there are fewer than five families.
     """
-    size_F, code_N = _sizes(family_N)
-    if len(size_F) < _NUM_FOLDS:
+    counted_N, num_families = count_once(family_N)
+    if num_families < _NUM_FOLDS:
         return None
     losses_N = np.zeros(len(family_N))
-    for fitted, held in GroupKFold(_NUM_FOLDS).split(code_N, groups=code_N):
-        shares_M = fit_weights(true_probs_MN[:, fitted], code_N[fitted], method)
+    for fitted, held in GroupKFold(_NUM_FOLDS).split(family_N, groups=family_N):
+        shares_M = fit_weights(true_probs_MN[:, fitted], family_N[fitted], method)
         losses_N[held] = -np.log(np.maximum(shares_M @ true_probs_MN[:, held], 1e-12))
-    return float((losses_N / size_F[code_N]).sum() / len(size_F))
+    return float((losses_N * counted_N).sum() / num_families)
 
 
 def choose_weights(
@@ -88,9 +89,3 @@ def _by_selection(true_probs_MN: np.ndarray, counted_N: np.ndarray) -> np.ndarra
         if losses_M[chosen] < best_loss - 1e-9:
             best, best_loss = counts_M / size, losses_M[chosen]
     return best
-
-
-def _sizes(family_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each family's size, and each scan's family as an index."""
-    code_N, size_F = np.unique(family_N, return_inverse=True, return_counts=True)[1:]
-    return size_F, code_N
