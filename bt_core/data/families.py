@@ -1,6 +1,6 @@
 """Families: the copies of a scan under the 8 flips and rotations, re-encoding and resizing.
 
-Two scans are copies when the normalised correlation of their 64x64 thumbnails is at least 0.98
+Two scans are copies when the normalised correlation of their 40x40 thumbnails is at least 0.98
 under one of the 8 transforms of the square (the dihedral group D4). With thumbnails of zero mean
 and unit norm that is a distance of at most sqrt(2 - 2 * 0.98) = 0.2.
 
@@ -9,7 +9,7 @@ within 0.2: first numbers that no transform changes, a product of matrices for a
 blocks (7 ns a pair on one core; in so many dimensions a tree prunes little, and costs several times
 as much); then the low DCT frequencies under each transform; the thumbnails decide.
 
-Array names: N scans, P pairs, F = 64, D length of a spectrum.
+Array names: N scans, P pairs, F = 40, D length of a spectrum.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,6 +22,7 @@ from scipy.sparse.csgraph import connected_components
 
 from bt_core.data.decode_stage import Columns, DecodeStage
 from bt_core.scans.thumbnails import (
+    MIN_CORRELATION,
     SPECTRUM_LENGTH,
     THUMBNAIL,
     correlations,
@@ -30,7 +31,6 @@ from bt_core.scans.thumbnails import (
     spectrum_distances,
 )
 
-MIN_CORRELATION: Final = 0.98
 _BLOCK_ROWS: Final = 1024
 _RADIUS: Final = float(np.sqrt(2 - 2 * MIN_CORRELATION)) + 1e-4
 """With room for float32 rounding; the correlation decides in the end."""
@@ -68,7 +68,7 @@ class Pairs:
 class FamilyStage:
     """Turns rows of `REF_COLUMNS` into catalog rows with what the search for copies needs.
 
-    Adds to `DecodeStage`'s columns `thumbnail` uint8 (64, 64) and `spectrum` float32 (D,), both
+    Adds to `DecodeStage`'s columns `thumbnail` uint8 (40, 40) and `spectrum` float32 (D,), both
     zero where `reason` is not empty.
 
     Args:

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bt_core.data import copies, families
-from bt_core.data.families import MIN_CORRELATION, CopyIndex, Pairs, exact_pairs, join_components
+from bt_core.data.families import CopyIndex, Pairs, exact_pairs, join_components
 from bt_core.errors import UsageError
 from bt_core.labels import LABEL_SPACES
 from bt_core.scans.phantom import CLASS_NAMES, perturbed_copy, phantom_slice
 from bt_core.scans.preprocess import preprocess_pixels
 from bt_core.scans.thumbnails import (
+    MIN_CORRELATION,
     SPECTRUM_LENGTH,
     THUMBNAIL,
     TRANSFORMS,
@@ -29,7 +30,7 @@ from bt_core.scans.thumbnails import (
 )
 
 waves = st.tuples(st.integers(0, 6), st.integers(0, 6), st.floats(0.5, 40), st.integers(0, 99))
-thumbnails = hnp.arrays(np.uint8, (2, 64, 64), elements=st.integers(0, 255), fill=st.integers(0, 3))
+thumbnails = hnp.arrays(np.uint8, (2, 40, 40), elements=st.integers(0, 255), fill=st.integers(0, 3))
 
 
 def invariants_of(pixels_NFF):
@@ -51,7 +52,7 @@ def all_pairs(pixels_NFF):
     flat = pixels_NFF.reshape(len(pixels_NFF), -1).astype(np.float64)
     flat -= flat.mean(axis=1, keepdims=True)
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
-    square = flat.reshape(-1, 64, 64)
+    square = flat.reshape(-1, 40, 40)
     found = set()
     for mirror, turns in itertools.product((False, True), range(4)):
         other = square.transpose(0, 2, 1) if mirror else square
@@ -88,9 +89,9 @@ def test_invariants_ignore_turns_and_lie_no_further_apart_than_the_thumbnails(pa
 def test_near_copies_stay_within_the_bound(wave, k):
     """Noise, and the same with a wave of a low frequency: there a wrong factor would show."""
     u, v, amplitude, seed = wave
-    noise = np.random.default_rng(seed).normal(128, 40, (64, 64))
-    y, x = np.mgrid[0:64, 0:64] + 0.5
-    wave = amplitude * np.cos(np.pi * u * y / 64) * np.cos(np.pi * v * x / 64)
+    noise = np.random.default_rng(seed).normal(128, 40, (40, 40))
+    y, x = np.mgrid[0:40, 0:40] + 0.5
+    wave = amplitude * np.cos(np.pi * u * y / 40) * np.cos(np.pi * v * x / 40)
     one, other = (np.clip(a, 0, 255).astype(np.uint8)[None] for a in (noise, noise + wave))
     other = transformed(other, k)
     distance = np.linalg.norm(invariants_of(one) - invariants_of(other))
@@ -134,11 +135,11 @@ def blended(image, wave, correlation):
 @pytest.mark.parametrize("k", range(8))
 def test_copies_just_above_the_bound_are_found_and_below_it_are_not(k):
     """Blended with a slow wave, the difference is all in the numbers that the shortlist sees."""
-    y, x = np.mgrid[0:64, 0:64] + 0.5
-    image = np.rint(phantom_slice("pituitary", 5, 64) * 0.6).astype(np.uint8)
+    y, x = np.mgrid[0:40, 0:40] + 0.5
+    image = np.rint(phantom_slice("pituitary", 5, 40) * 0.6).astype(np.uint8)
     found = []
     for u, v in ((1, 0), (2, 1), (3, 3), (7, 4)):
-        wave = np.cos(np.pi * u * y / 64) * np.cos(np.pi * v * x / 64)
+        wave = np.cos(np.pi * u * y / 40) * np.cos(np.pi * v * x / 40)
         for correlation in (0.9802, 0.981, 0.9790):
             other = transformed(blended(image, wave, correlation), k)
             pixels = np.stack([image, other])
@@ -169,7 +170,7 @@ def test_the_index_searches_among_chosen_rows_only(planted):
 
 
 def test_a_pair_says_how_the_left_is_turned_into_the_right():
-    image = phantom_slice("glioma", 3, 64)
+    image = phantom_slice("glioma", 3, 40)
     pixels = np.stack([image, *(transformed(image, k) for k in range(8))])
     pairs = CopyIndex(pixels, spectrum(pixels)).search(0, 1)
     assert dict(zip(pairs.right_P.tolist(), pairs.transform_P.tolist(), strict=True)) == {
@@ -180,7 +181,7 @@ def test_a_pair_says_how_the_left_is_turned_into_the_right():
 
 
 def test_flat_thumbnails_have_no_copies_and_cost_nothing():
-    pixels = np.zeros((3, 64, 64), np.uint8)
+    pixels = np.zeros((3, 40, 40), np.uint8)
     pixels[2] = 200
     index = CopyIndex(pixels, spectrum(pixels))
     assert len(index) == len(index.search(0, 3)) == 0

@@ -236,7 +236,7 @@ def test_a_member_that_cannot_answer_is_left_out_and_said(tmp_path, fault, lines
         )
     ensemble = Ensemble(Bundle(str(tmp_path / "b")), cascade=True)
     pixels = some_pixels(ensemble)
-    assert [spec.size_px for spec in ensemble.specs] == [32, 48, 64], "what decodes does not know"
+    assert [spec.size_px for spec in ensemble.specs] == [32, 48, 40], "what decodes does not know"
     answers = ensemble.answer(pixels, ["cd" * 32] * 12)
     assert "member m0 does not answer" in lines.text
     expected = softmax(ensemble.predictor.logits(pixels)[0] / 1.5 / 4.0, axis=1)
