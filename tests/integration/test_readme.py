@@ -48,6 +48,8 @@ def test_the_first_block_is_the_two_commands():
 def test_make_demo_runs_the_whole_chain(chain, given, tmp_path, session_address):
     out = tmp_path / "demo"
     command = BLOCKS[0].splitlines()[0] + (f" DATA={chain.archive}" if given else "")
+    weights = os.environ.get("BT_WEIGHTS")  # with these it trains fewer epochs
+    command += f" WEIGHTS={weights}" if given and weights else ""
     printed = run(command, ROOT, OUT=str(out), RAY_ADDRESS=session_address)
     for name in ("data", "runs", "bundle", "report", "scores"):
         assert (out / name).is_dir()
