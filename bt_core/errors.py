@@ -103,9 +103,9 @@ REASONS: Final[dict[str, str]] = {
     "odd_shape": "the head is shown far longer than wide: it may be stretched, or no head",
     "burnt_in_text": "text stands beside the head, or the file says that it holds some",
     "far_from_training": "the picture is unlike those that the models were trained on",
-    "low_confidence": "the calibrated confidence is below the review threshold",
-    "several_classes": "the prediction set holds more than one class",
-    "tumor_not_excluded": "no tumour is likeliest, but not likely enough to be called certain",
+    "low_confidence": "the models are not sure enough of their answer",
+    "several_classes": "more than one class is likely enough to be the right one",
+    "tumor_not_excluded": "no tumour is the likeliest answer, but a tumour cannot be ruled out",
 }
 """Every reason code with its meaning in words; a closed list, so that users can rely on it."""
 

@@ -34,7 +34,9 @@ class Progress:
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self._what, self._total, self._done = what, total, done
         self._before = done
-        self._started = self._said = time.monotonic()
+        self._first: tuple[float, int] | None = None
+        """When the first scans were done, and how many: before, worker processes start."""
+        self._said = time.monotonic()
 
     def add(self, num_scans: int) -> None:
         """Count scans that are done."""
@@ -44,10 +46,16 @@ class Progress:
         """Take note of how many scans are done by now."""
         self._done = done
         now = time.monotonic()
+        if self._first is None and done > self._before:
+            self._first = (now, done)
         if now - self._said < _EVERY_SECONDS or (sys.stderr and sys.stderr.isatty()):
             return
         self._said = now
-        rate = (done - self._before) / (now - self._started)
+        if self._first is None:
+            logger.info("%s %d of %d scans; starting", self._what, done, self._total)
+            return
+        began, num = self._first
+        rate = (done - num) / (now - began) if now > began else 0.0
         left = duration((self._total - done) / rate) + " left" if rate else "time left unknown"
         logger.info("%s %d of %d scans (%.1f/s, %s)", self._what, done, self._total, rate, left)
 

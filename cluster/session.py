@@ -83,6 +83,9 @@ def session(
                 found.num_gpus,
             )
         yield found
+    except KeyboardInterrupt:
+        logger.info("interrupted: ending, which takes some seconds")
+        raise
     finally:
         if started:
             ray.shutdown()
@@ -128,7 +131,7 @@ def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] |
             logging_level=logging.WARNING,
             log_to_driver=False,
         )
-    except (ConnectionError, RuntimeError) as error:
+    except Exception as error:  # Ray raises plain ones, too
         if not address:
             raise UsageError(
                 f"Ray did not start on this machine: {error}; give the command again, or set "

@@ -111,7 +111,7 @@ def _pipeline_figures(folder: str) -> dict[str, Any]:
         job = ScoreJob(
             bundle_id="none",
             source=source,
-            manifest_digest=writer.hexdigest(),
+            listing_digest=writer.hexdigest(),
             settings={},
             bt_version="",
             num_scans=num_scans,

@@ -112,7 +112,7 @@ def score_source(
             job = ScoreJob(
                 bundle_id=bundle.info.bundle_id,
                 source=storage.absolute(source),
-                manifest_digest=digest,
+                listing_digest=digest,
                 settings={
                     "device": chosen,
                     "cascade": "on" if options.cascade else "off",
@@ -138,7 +138,8 @@ def score_source(
             work.remove()
     with writing(out):
         seconds = time.monotonic() - clock
-        manifest = _manifest(job, listing, published, seconds, job.num_scans - num_before)
+        num_scored = job.num_scans - num_before
+        manifest = _manifest(job, bundle, listing, published, seconds, num_scored)
         manifest |= {} if results is None else {"dicom": results}
         storage.write_json(storage.join(out, MANIFEST_FILE), manifest)
         work.remove()
@@ -211,8 +212,16 @@ def clear_scores(out: str) -> None:
         storage.remove_dir(storage.join(out, DICOM_FOLDER))
         storage.remove_file(storage.join(out, MANIFEST_FILE))
     for name in storage.list_dirs(out):
-        if name == "scores" or (name.startswith("scores.") and name.endswith(".tmp")):
+        is_ours = name == "scores" and is_of_scores(storage.join(out, name))
+        if is_ours or (name.startswith("scores.") and name.endswith(".tmp")):
             storage.remove_dir(storage.join(out, name))
+
+
+def is_of_scores(folder: str) -> bool:
+    """Return whether a folder holds Parquet files and nothing else, or is not there."""
+    names = storage.list_files(folder) if storage.exists(folder) else []
+    is_flat = not storage.exists(folder) or not storage.list_dirs(folder)
+    return is_flat and all(name.endswith(".parquet") for name in names)
 
 
 def _list(work: "ScoreWork", source: str, out: str, overwrite: bool) -> "tuple[Listing, str]":
@@ -225,6 +234,10 @@ def _list(work: "ScoreWork", source: str, out: str, overwrite: bool) -> "tuple[L
     from bt_core.scans.archives import list_scans
 
     has_scores = any(storage.exists(storage.join(out, n)) for n in (MANIFEST_FILE, "scores"))
+    if not is_of_scores(storage.join(out, "scores")):
+        raise UsageError(
+            f"{out} holds a folder scores that no bt score wrote there; choose another -o"
+        )
     is_finished = storage.exists(storage.join(out, MANIFEST_FILE))
     if is_finished:  # what was killed just before it would have removed its work folder
         work.remove()
@@ -245,7 +258,12 @@ def _list(work: "ScoreWork", source: str, out: str, overwrite: bool) -> "tuple[L
 
 
 def _manifest(
-    job: "ScoreJob", listing: "Listing", published: "Published", seconds: float, num_scored: int
+    job: "ScoreJob",
+    bundle: "Bundle",
+    listing: "Listing",
+    published: "Published",
+    seconds: float,
+    num_scored: int,
 ) -> dict[str, Any]:
     """Return the content of `manifest.json`; `seconds` are of the last attempt, as its rate is."""
     from bt_core.ensemble.scorer import STATUSES
@@ -254,12 +272,15 @@ def _manifest(
     return {
         "n_in": job.num_scans,
         **{status: published.statuses[status] for status in STATUSES},
+        "seen_in_training": published.num_seen,
         "reasons": {reason: n for reason, n in sorted(published.reasons.items()) if reason},
         "skipped_files": listing.skipped,
+        "skipped_names": dict(listing.skipped_names),
+        "members_left_out": bundle.unusable,
         "is_whole": listing.is_whole,
         "bundle_id": job.bundle_id,
         "source": job.source,
-        "manifest_digest": job.manifest_digest,
+        "listing_digest": job.listing_digest,
         "settings": job.settings,
         "parts": published.parts,
         "versions": environment(),
@@ -283,8 +304,12 @@ def _print_summary(manifest: dict[str, Any], bundle: "Bundle", out: str) -> None
     )
     for reason, count in manifest["reasons"].items():
         print(f"  {count} {reason}: {REASONS[reason]}")
+    if manifest["seen_in_training"]:
+        print(f"  {manifest['seen_in_training']} are, or copy, scans that the models learnt from")
     for why, count in manifest["skipped_files"].items():
         print(f"  skipped {count}: {why}")
+    if not manifest["is_whole"]:
+        print("  the source is cut short or closed in part: it may hold more scans than these")
     wanted = {f"{m.name}: {m.runtime.kind} {m.runtime.precision}" for m in bundle.info.members}
     for name, count in manifest["runtimes"].items():
         if name not in wanted:

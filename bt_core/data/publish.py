@@ -27,7 +27,8 @@ from bt_core.errors import REASONS
 PART_ROWS: Final = 25_000
 _DEALT_AT_ONCE: Final = 8192
 REVIEW_COLUMNS: Final = (
-    "scan_id", "member", "status", "reason", "reason_in_words", "predicted_label", "confidence",
+    "member", "status", "reason_in_words", "predicted_label", "confidence", "prediction_set",
+    "reason", "scan_id",
 )  # fmt: skip
 _SCORED: Final = "scored"
 
@@ -40,6 +41,8 @@ class Published:
     reasons: Counter[str] = field(default_factory=Counter)
     runtimes: Counter[str] = field(default_factory=Counter)
     """Answers by `MEMBER: RUNTIME`."""
+    num_seen: int = 0
+    """Rows of scans that trained or chose the models, or copy one of these."""
     compute_seconds: float = 0.0
     parts: list[dict[str, Any]] = field(default_factory=list)
     """Of each file: file, num_rows, sha256."""
@@ -156,6 +159,8 @@ def _add(published: Published, rows: pa.Table, folder: str) -> None:
         flat = [pc.list_flatten(rows[name]) for name in ("members_used", "runtimes")]
         ran = pc.value_counts(pc.binary_join_element_wise(*flat, ": "))
         published.runtimes.update(dict(tuple(each.values()) for each in ran.to_pylist()))
+    if "seen_in_training" in rows.column_names:
+        published.num_seen += pc.sum(rows["seen_in_training"]).as_py() or 0
     published.compute_seconds += pc.sum(rows[COMPUTE_SECONDS]).as_py() or 0.0
     plain = rows.drop_columns([COMPUTE_SECONDS]).replace_schema_metadata(None)
     sink = pa.BufferOutputStream()
@@ -172,14 +177,13 @@ def _to_review(rows: pa.Table) -> list[dict[str, Any]]:
     """Return the lines of `review.csv`: all rows but those that were answered without a doubt."""
     columns = [name for name in REVIEW_COLUMNS if name in rows.column_names]
     seen = rows.filter(pc.not_equal(rows["status"], _SCORED)).select(columns).to_pylist()
-    return [
-        {
-            **row,
-            "member": plain_cell(row["member"]),
-            "reason_in_words": REASONS.get(row["reason"], ""),
-        }
-        for row in seen
-    ]
+    for row in seen:
+        row["member"] = plain_cell(row["member"])
+        row["reason_in_words"] = REASONS.get(row["reason"], "")
+        if row.get("confidence") is not None:
+            row["confidence"] = f"{row['confidence']:.3f}"
+        row["prediction_set"] = " or ".join(row.get("prediction_set") or ())
+    return seen
 
 
 def _csv(lines: list[dict[str, Any]]) -> bytes:

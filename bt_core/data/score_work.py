@@ -28,7 +28,7 @@ from bt_core.errors import ConfigError, RunError, UsageError
 
 _UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 LOCK_FILE: Final = ".lock"
-_SAME: Final = ("bundle_id", "source", "manifest_digest", "settings", "bt_version")
+_SAME: Final = ("bundle_id", "source", "listing_digest", "settings", "bt_version")
 
 
 class ScoreJob(StrictModel):
@@ -36,7 +36,7 @@ class ScoreJob(StrictModel):
 
     bundle_id: str
     source: str
-    manifest_digest: str
+    listing_digest: str
     """Of the refs in the order of their listing."""
     settings: dict[str, str]
     bt_version: str
@@ -81,13 +81,13 @@ class ScoreWork:
                 "version, choose another -o, or pass --overwrite to begin anew"
             ) from error
 
-    def overwrites(self, source: str, manifest_digest: str) -> bool:
+    def overwrites(self, source: str, listing_digest: str) -> bool:
         """Return whether the job that was begun replaces scores by those of this listing."""
         try:
             begun = self.job()
         except UsageError:
             return False
-        same = (storage.absolute(source), manifest_digest) == (begun.source, begun.manifest_digest)
+        same = (storage.absolute(source), listing_digest) == (begun.source, begun.listing_digest)
         return begun.overwrites and same
 
     def begin(self, job: ScoreJob) -> ScoreJob:

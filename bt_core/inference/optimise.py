@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from scipy.special import softmax
+from scipy.stats import beta
 
 from bt_core.config import StrictModel
 from bt_core.errors import UnavailableError
@@ -45,6 +46,9 @@ class Limits(StrictModel):
     """Share of scans whose likeliest class is another one."""
     max_change: float = Field(0.05, ge=0, le=1)
     """Of any probability of any scan, by the member alone."""
+    min_scans: int = Field(300, ge=1)
+    """On fewer, lower precision than float32 is not accepted: that none of 300 flips says that
+    fewer than 1 % do, with 95 % confidence."""
 
 
 @dataclass
@@ -153,7 +157,7 @@ def choose_runtime(
         logits_NK = runtime.run(scans.compared_NSS)[0]
         golden = golden_change(runtime, reference, preprocessor.spec, temperature)
         compare(row, logits_NK, wanted_NK, temperature, golden)
-        judge(row, limits)
+        judge(row, limits, info.precision != "fp32" and len(logits_NK) < limits.min_scans)
         started.append(_Started(runtime, row, logits_NK, files))
         return started[-1]
 
@@ -239,16 +243,32 @@ def compare(
     row.mean_change = float(change_NK.mean())
 
 
-def judge(row: Measured, limits: Limits) -> None:
-    """Accept a candidate, or say why not."""
+def judge(row: Measured, limits: Limits, is_unproven: bool = False) -> None:
+    """Accept a candidate, or say why not.
+
+    Args:
+        row: of the candidate.
+        limits: what may differ.
+        is_unproven: it was compared on too few scans to be accepted.
+    """
     if row.label_flips is None or row.max_change is None:
         return
-    faults = []
+    faults = [f"it takes {limits.min_scans} scans to accept it"] if is_unproven else []
     if row.label_flips > limits.max_flips:
         faults.append(f"{row.label_flips:.2%} of labels flip, {limits.max_flips:.2%} may")
     if row.max_change > limits.max_change:
         faults.append(f"a probability moves by {row.max_change:.3f}, {limits.max_change:g} may")
     row.accepted, row.why_not = not faults, "; ".join(faults)
+
+
+def flip_bound(num_flips: int, num_scans: int) -> float:
+    """Return what the share of all scans that flip is below, with 95 % confidence.
+
+    The upper bound of Clopper & Pearson (1934), on one side.
+    """
+    if num_flips == num_scans:
+        return 1.0
+    return float(beta.ppf(0.95, num_flips + 1, num_scans - num_flips))
 
 
 def host() -> dict[str, Any]:

@@ -70,16 +70,22 @@ class Listing:
         refs: the scans; none if they were given to a sink as they were found.
         skipped: why files were passed over, and how many.
         num_scans: how many scans there are, in `refs` or given to the sink.
+        skipped_names: names of files that were passed over, and why; the first thousand.
     """
 
     refs: list[ScanRef]
     skipped: dict[str, int] = field(default_factory=dict)
     num_scans: int = 0
+    skipped_names: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_whole(self) -> bool:
         """Whether no scan can be missing: a cut archive or a closed folder may have held more."""
         return not {CUT, UNREADABLE_FOLDER} & self.skipped.keys()
+
+
+_MOST_NAMES: Final = 1000
+"""Of files passed over that a listing keeps."""
 
 
 class Lister:
@@ -97,6 +103,7 @@ class Lister:
         self.uri, self.limits, self.sink = uri, limits, sink
         self.refs: list[ScanRef] = []
         self.skipped: Counter[str] = Counter()
+        self.skipped_names: list[tuple[str, str]] = []
         self.num_scans = 0
         self._seen: dict[int, int] = {}
 
@@ -120,6 +127,8 @@ class Lister:
         reason = _skip_reason(name)
         if reason:
             self.skipped[reason] += 1
+            if len(self.skipped_names) < _MOST_NAMES:
+                self.skipped_names.append((printable(name), reason))
             return None
         shown = printable(name) if member is None else member
         return ScanRef(self.next_id(name), self.uri, shown, position)
@@ -147,7 +156,8 @@ class Lister:
     def listing(self, source: str) -> Listing:
         """Return what was collected of a source; raises SourceError if there is no scan."""
         if self.num_scans:
-            return Listing(self.refs, dict(self.skipped), self.num_scans)
+            names = tuple(self.skipped_names)
+            return Listing(self.refs, dict(self.skipped), self.num_scans, names)
         why = ", ".join(f"{count} {why}" for why, count in self.skipped.items())
         raise SourceError(
             f"{storage.redact(source)} holds no scans{f' (skipped: {why})' if why else ''}; looked "

@@ -27,6 +27,7 @@ from bt_core.scans.archives import list_scans
 from bt_core.scans.phantom import phantom_slice
 from bt_core.scans.preprocess import PreprocessSpec
 from tests.conftest import SMALL, bt, bt_process
+from tests.tiny_bundle import make_bundle
 
 pytestmark = pytest.mark.integration
 
@@ -66,7 +67,37 @@ def test_bad_files_are_rows_with_reasons_and_exit_code_3(chain, tmp_path, capfd)
     summary = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert summary["n_in"] == 5
     assert summary["skipped_files"] == {"system file": 1}
+    assert summary["skipped_names"] == {"__MACOSX/._good.png": "system file"}
+    assert summary["members_left_out"] == {}
     assert "5 scans = " in capfd.readouterr().out
+
+
+def test_a_damaged_member_is_left_out_and_stands_in_the_manifest(ray_session, tmp_path, capfd):
+    info = make_bundle(tmp_path / "bundle", sizes=(32, 48), quorum=1)
+    weights = tmp_path / "bundle" / "members" / "m1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    (tmp_path / "good.png").write_bytes(png())
+    out = tmp_path / "out"
+    code = bt("score", tmp_path / "bundle", tmp_path / "good.png", "-o", out)
+    printed = capfd.readouterr()
+    assert code == 0, printed.err
+    summary = json.loads((out / "manifest.json").read_text())
+    assert list(summary["members_left_out"]) == ["m1"]
+    assert "differs from its digest" in summary["members_left_out"]["m1"]
+    assert "m1 did not answer" in printed.out
+    assert info.quorum == 1
+
+
+def test_the_scores_of_another_job_are_not_overwritten(ray_session, tmp_path):
+    """A finished job in a subfolder that is named as its rows would be."""
+    make_bundle(tmp_path / "bundle", sizes=(32,))
+    (tmp_path / "good.png").write_bytes(png())
+    words = ("score", tmp_path / "bundle", tmp_path / "good.png", "-o")
+    assert bt(*words, tmp_path / "runs" / "scores") == 0
+    assert bt(*words, tmp_path / "runs") == 2
+    assert bt(*words, tmp_path / "runs", "--overwrite") == 2
+    assert (tmp_path / "runs" / "scores" / "manifest.json").exists()
+    assert (tmp_path / "runs" / "scores" / "scores" / "part-00000.parquet").exists()
 
 
 def test_prepare_keeps_corrupt_files_and_conflicts_with_a_reason(ray_session, tmp_path):

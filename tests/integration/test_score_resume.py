@@ -146,7 +146,7 @@ def begun(ray_session, tmp_path):
     list_scans(str(tmp_path / "scans.zip"), sink=writer)
     writer.close()
     job = ScoreJob(
-        bundle_id="", source="", manifest_digest="", settings={}, bt_version="", num_scans=200,
+        bundle_id="", source="", listing_digest="", settings={}, bt_version="", num_scans=200,
         started_at="",
     )  # fmt: skip
     work.begin(job)

@@ -22,6 +22,7 @@ from bt_core.inference.optimise import (
     choose_runtime,
     compare,
     doubtful_below,
+    flip_bound,
     judge,
     name_of,
 )
@@ -342,10 +343,19 @@ def test_int8_is_taken_or_refused_by_its_figures():
     assert refused.max_change > 1e-4
     assert by_name["openvino fp32"].accepted
     assert all(m.images_per_second > 0 for m in strict.measured)
-    loose = choose_runtime(*args, Limits(max_flips=1, max_change=1), kinds)
+    few = choose_runtime(*args, Limits(max_flips=1, max_change=1), kinds)
+    assert few.runtime.precision == "fp32", "40 scans prove nothing of lower precision"
+    assert {m.name: m.why_not for m in few.measured}["openvino int8"].startswith("it takes 300")
+    loose = choose_runtime(*args, Limits(max_flips=1, max_change=1, min_scans=40), kinds)
     assert all(m.accepted for m in loose.measured)
     rates = {m.name: m.images_per_second for m in loose.measured}
     assert name_of(loose.runtime) == max(rates, key=rates.get)
+
+
+def test_what_few_flips_say_of_all_scans():
+    assert flip_bound(0, 300) == pytest.approx(1 - 0.05 ** (1 / 300)), "the rule of three"
+    assert flip_bound(3, 3) == 1.0
+    assert 0.002 < flip_bound(1, 2000) < 0.003
 
 
 def test_without_nncf_int8_is_left_out_with_the_reason(monkeypatch):

@@ -30,7 +30,7 @@ from cluster.session import Resources
 JOB = ScoreJob(
     bundle_id="b" * 16,
     source="/data/scans.zip",
-    manifest_digest="d" * 64,
+    listing_digest="d" * 64,
     settings={"device": "cpu"},
     bt_version="1",
     num_scans=3,
@@ -64,7 +64,7 @@ def test_only_the_same_work_goes_on_and_the_message_says_what_differs(tmp_path):
     for name, value, said in (
         ("bundle_id", "other", "bundle_id was bbbbbbbbbbbbbbbb and is other"),
         ("settings", {"device": "cuda"}, "settings was device=cpu and is device=cuda"),
-        ("manifest_digest", "e" * 64, "manifest_digest was dddddddd"),
+        ("listing_digest", "e" * 64, "listing_digest was dddddddd"),
         ("bt_version", "2", "bt_version was 1 and is 2"),
     ):
         with pytest.raises(UsageError, match=said) as refused:
@@ -209,8 +209,9 @@ def test_what_a_person_should_look_at_is_listed_and_no_formula(tmp_path):
     assert [line["member"] for line in lines] == [
         '\'=HYPERLINK("http://x")', "'-1+2.png", 'quote", and\nnewline.png'
     ]  # fmt: skip
-    assert lines[0]["reason_in_words"] == "the calibrated confidence is below the review threshold"
+    assert lines[0]["reason_in_words"] == "the models are not sure enough of their answer"
     assert (lines[0]["predicted_label"], lines[1]["predicted_label"]) == ("pituitary", "")
+    assert (lines[0]["confidence"], lines[1]["confidence"]) == ("0.500", "")
     assert lines[2]["reason_in_words"] == "scoring ended its worker process twice"
 
 
@@ -277,12 +278,18 @@ def test_progress_says_how_long_it_will_take(monkeypatch, lines):
     now = [0.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
     progress = log.Progress("scored", 1000, done=400)
-    progress.reach(450)
     now[0] = 10.0
+    progress.reach(400)
+    now[0] = 19.0
+    progress.reach(450)
+    now[0] = 24.0
     progress.reach(500)
-    now[0] = 12.0
+    now[0] = 26.0
     progress.add(10)
-    assert lines.messages == ["scored 500 of 1000 scans (10.0/s, 50 s left)"]
+    assert lines.messages == [
+        "scored 400 of 1000 scans; starting",
+        "scored 500 of 1000 scans (10.0/s, 50 s left)",
+    ]
     assert [log.duration(s) for s in (89, 600, 3 * 3600 + 300)] == ["89 s", "10 min", "3 h 05 min"]
 
 
