@@ -84,7 +84,8 @@ def _serve_one(bundle: str, source: str, scores: str) -> None:
     import requests
     from ray import serve
 
-    from serve.app import ServeSettings, start
+    from serve.app import start
+    from serve.settings import ServeSettings
 
     answered = storage.read_table(storage.join(scores, "scores"), ["scan_id", "confidence"])
     good = {row["scan_id"] for row in answered.to_pylist() if row["confidence"] is not None}

@@ -24,7 +24,8 @@ def run(
     with session() as resources:
         from ray import serve
 
-        from serve.app import ServeSettings, start
+        from serve.app import start
+        from serve.settings import ServeSettings
 
         chosen = choose_device(device, resources)
         settings = ServeSettings(bundle=opened.location, device=chosen)

@@ -1,57 +1,52 @@
-"""The HTTP API: the gateway decodes and checks, the ensemble's deployment answers."""
+"""The HTTP API over a service; each area adds its routes here."""
 
 import asyncio
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.openapi.constants import REF_PREFIX
 from fastapi.responses import JSONResponse
-from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from bt_core import __version__, storage
-from bt_core.ensemble.ensemble import preprocess_digest
-from bt_core.ensemble.review import of_frame
-from bt_core.errors import ScanError
-from bt_core.inference.predictor import needed_specs
-from bt_core.models.bundle import Bundle
-from bt_core.scans.gate import GATE_REJECTS
-from serve.decoding import UploadDecoder
-from serve.model import Scan
+from bt_core import __version__
 from serve.problems import HTTP_OF_REASON, install_problems, problem
 from serve.schemas import EXAMPLE_PREDICTION, ModelDescription, Predictions, Problem
+from serve.service import OverloadedError, Service, Upload
 
-MAX_BODY_BYTES: Final = 32 * 1024**2
-TRIES: Final = 3
-"""How often a scan is sent when replicas die under it; an answer has no side effects."""
 _READY_TIMEOUT_SECONDS: Final = 5.0
 
+_FILE: Final = {"schema": {"type": "string", "format": "binary"}}
 _BODY: Final[dict[str, Any]] = {
     "requestBody": {
         "required": True,
-        "description": "One scan (PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI), at most 32 MiB.",
+        "description": "Scans (PNG, JPEG, BMP, TIFF, WebP, DICOM or NIfTI): one or more as the "
+        "multipart field `files`, or one as the body.",
         "content": {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
                     "required": ["files"],
-                    "properties": {"files": {"type": "string", "format": "binary"}},
+                    "properties": {
+                        "files": {
+                            "type": "array",
+                            "minItems": 1,
+                            "items": {"type": "string", "format": "binary"},
+                        }
+                    },
                 }
             },
-            "image/png": {"schema": {"type": "string", "format": "binary"}},
-            "image/jpeg": {"schema": {"type": "string", "format": "binary"}},
-            "application/dicom": {"schema": {"type": "string", "format": "binary"}},
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "image/png": _FILE,
+            "image/jpeg": _FILE,
+            "application/dicom": _FILE,
+            "application/octet-stream": _FILE,
         },
     }
 }
 
 
-def _answers(*codes: int) -> dict[int | str, dict[str, Any]]:
+def answers(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """Return the problem documents of a route for its OpenAPI description."""
     schema = {"$ref": f"{REF_PREFIX}Problem"}
     content = {"application/problem+json": {"schema": schema}}
     return {
@@ -59,118 +54,103 @@ def _answers(*codes: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-# Helpers stand above the class: Serve pickles it as it is decorated, with what is defined by then.
-async def _read_scan(request: Request) -> tuple[bytes, str]:
-    """Return the scan's bytes and its file name or media type.
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceOf = Annotated[Service, Depends(_service)]
+"""The service, as a parameter of a route."""
+
+v1 = APIRouter(prefix="/v1", tags=["v1"])
+health = APIRouter(tags=["health"])
+
+
+def build_api(service: Service) -> FastAPI:
+    """Return the HTTP API of a service."""
+    api = FastAPI(
+        title="bt",
+        version=__version__,
+        summary="Classifies brain-MRI scans. For research; not a medical device.",
+    )
+    api.state.service = service
+    install_problems(api, service.settings.max_body_mib * 1024**2)
+    for router in (v1, health):
+        api.include_router(router)
+    return api
+
+
+@v1.post(
+    "/predictions",
+    response_model=Predictions,
+    openapi_extra=_BODY,
+    operation_id="predict",
+    responses={
+        200: {"content": {"application/json": {"example": EXAMPLE_PREDICTION}}},
+        **answers(400, 413, 415, 422, 503),
+    },
+)
+async def predict(request: Request, service: ServiceOf) -> Any:
+    """Classify scans, sent as the multipart field `files` or one as the raw body.
+
+    Of several, each has a result of its own: one that cannot be used gets the status `rejected` or
+    `failed`, and the others their answers. A single one that cannot be used is a problem document.
+    """
+    uploads = await read_uploads(request, service.settings.max_files)
+    try:
+        results = await service.answer_all(uploads)
+    except OverloadedError:
+        return problem(503, "overloaded", "too many scans are being answered; try again shortly")
+    if len(results) == 1 and "detail" in results[0]:
+        reason = results[0]["reason"]
+        return problem(HTTP_OF_REASON[reason], reason, results[0]["detail"])
+    return {"results": results}
+
+
+@v1.get("/model", response_model=ModelDescription, operation_id="model")
+async def model(service: ServiceOf) -> Any:
+    """Describe the bundle that answers."""
+    info = service.ensemble.info
+    members = [m.model_dump(mode="json", exclude={"golden_digest"}) for m in info.members]
+    return {
+        "bundle_id": info.bundle_id,
+        "task": info.label_space.task,
+        "labels": info.label_space.names,
+        "members": members,
+        "review": info.review.model_dump(),
+        "cascade": info.cascade and info.cascade.model_dump(),
+        "validation_metrics": info.metrics,
+        "provenance": info.provenance,
+    }
+
+
+@health.get("/healthz", operation_id="healthz")
+async def healthz() -> dict[str, str]:
+    """Say that this process answers."""
+    return {"status": "alive"}
+
+
+@health.get("/readyz", operation_id="readyz", responses=answers(503))
+async def readyz(service: ServiceOf) -> JSONResponse:
+    """Say whether the ensemble is loaded."""
+    try:
+        loaded = await asyncio.wait_for(service.ensemble.loaded_id(), _READY_TIMEOUT_SECONDS)
+    except (TimeoutError, OverloadedError):
+        return problem(503, "not_ready", "the ensemble is not loaded yet")
+    return JSONResponse({"status": "ready", "bundle_id": loaded})
+
+
+async def read_uploads(request: Request, max_files: int) -> list[Upload]:
+    """Return the scans of a request, with their file names or media types.
 
     Raises:
-        HTTPException: 400 without exactly one file, or for a body that is not well-formed.
+        HTTPException: 400 without a file or with too many, or for a body that is not well-formed.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
-        return await request.body(), media_type
-    async with request.form(max_files=2, max_fields=8) as form:
-        files = form.getlist("files")
-        if len(files) != 1 or not isinstance(files[0], UploadFile):
-            raise HTTPException(400, "send exactly one file, in the multipart field 'files'")
-        return await files[0].read(), files[0].filename or ""
-
-
-api = FastAPI(
-    title="bt",
-    version=__version__,
-    summary="Classifies brain-MRI scans. For research; not a medical device.",
-)
-install_problems(api, MAX_BODY_BYTES)
-
-
-@serve.deployment(max_ongoing_requests=100, max_queued_requests=200)
-@serve.ingress(api)
-class Gateway:
-    """Decodes and preprocesses scans, so that only whole ones reach the ensemble's batches.
-
-    Args:
-        bundle_location: folder of the bundle; its description is read, not its weights.
-        ensemble: handle of the ensemble's deployment.
-    """
-
-    def __init__(self, bundle_location: str, ensemble: DeploymentHandle) -> None:
-        self._info = Bundle(bundle_location).info
-        specs, _ = needed_specs(self._info)
-        self._decoder = UploadDecoder(specs)
-        self._preprocess_digest = preprocess_digest(self._info)
-        self._ensemble = ensemble
-
-    @api.post(
-        "/v1/predictions",
-        response_model=Predictions,
-        openapi_extra=_BODY,
-        operation_id="predict",
-        tags=["v1"],
-        responses={
-            200: {"content": {"application/json": {"example": EXAMPLE_PREDICTION}}},
-            **_answers(400, 413, 415, 422, 503),
-        },
-    )
-    async def predict(self, request: Request) -> Any:
-        """Classify one scan, sent as the multipart field `files` or as the raw body."""
-        content, hint = await _read_scan(request)
-        try:
-            pixels, pixel_sha256, frame, gate = await self._decoder.decode(content, hint)
-            if gate in GATE_REJECTS:
-                raise ScanError(gate)
-        except ScanError as error:
-            return problem(HTTP_OF_REASON[error.reason], error.reason, str(error))
-        try:
-            answer = await self._ask((pixels, pixel_sha256, gate))
-        except (BackPressureError, DeploymentUnavailableError, RayActorError):
-            return problem(503, "overloaded", "no replica could answer in time; try again shortly")
-        digest = storage.sha256(content)
-        fields = {
-            "scan_id": digest[:20],
-            "content_sha256": digest,
-            "bundle_id": self._info.bundle_id,
-            "preprocess_digest": self._preprocess_digest,
-        }
-        return {"results": [{**fields, **of_frame(answer, *frame)}]}
-
-    @api.get("/v1/model", response_model=ModelDescription, operation_id="model", tags=["v1"])
-    async def model(self) -> Any:
-        """Describe the bundle that answers."""
-        info = self._info
-        members = [m.model_dump(mode="json", exclude={"golden_digest"}) for m in info.members]
-        return {
-            "bundle_id": info.bundle_id,
-            "task": info.label_space.task,
-            "labels": info.label_space.names,
-            "members": members,
-            "review": info.review.model_dump(),
-            "cascade": info.cascade and info.cascade.model_dump(),
-            "validation_metrics": info.metrics,
-            "provenance": info.provenance,
-        }
-
-    @api.get("/healthz", operation_id="healthz", tags=["health"])
-    async def healthz(self) -> dict[str, str]:
-        """Say that this process answers."""
-        return {"status": "alive"}
-
-    @api.get("/readyz", operation_id="readyz", tags=["health"], responses=_answers(503))
-    async def readyz(self) -> JSONResponse:
-        """Say whether the ensemble is loaded."""
-        try:
-            call = self._ensemble.bundle_id.remote()
-            loaded = await asyncio.wait_for(call, _READY_TIMEOUT_SECONDS)
-        except (TimeoutError, BackPressureError, DeploymentUnavailableError, RayActorError):
-            return problem(503, "not_ready", "the ensemble is not loaded yet")
-        return JSONResponse({"status": "ready", "bundle_id": loaded})
-
-    async def _ask(self, scan: Scan) -> dict[str, Any]:
-        for attempt in range(1, TRIES + 1):
-            try:
-                answer: dict[str, Any] = await self._ensemble.predict.remote(scan)
-                return answer
-            except RayActorError:
-                if attempt == TRIES:
-                    raise
-        raise AssertionError("unreachable")
+        return [(await request.body(), media_type)]
+    async with request.form(max_files=max_files, max_fields=8) as form:
+        files = [file for file in form.getlist("files") if isinstance(file, UploadFile)]
+        if not files or len(files) != len(form.getlist("files")):
+            raise HTTPException(400, f"send 1 to {max_files} files in the multipart field 'files'")
+        return [(await file.read(), file.filename or "") for file in files]

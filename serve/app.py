@@ -1,32 +1,18 @@
 """Builds the Ray Serve application; `serve.app:build` is its import path."""
 
 import logging
-from typing import Literal, cast
+from typing import Final, cast
 
-from pydantic import Field
 from ray import serve
 from ray.serve import Application, Deployment
 
-from bt_core.config import StrictModel, parse
+from bt_core.config import parse
 from bt_core.errors import UsageError
-from serve.api import Gateway
+from serve.gateway import Gateway
 from serve.model import EnsembleDeployment
+from serve.settings import ServeSettings
 
-APP_NAME = "bt"
-
-
-class ServeSettings(StrictModel):
-    """Arguments of the application, also in a Serve config file."""
-
-    bundle: str
-    device: Literal["cpu", "cuda"] = "cpu"
-    num_replicas: int = Field(1, ge=1)
-    """Copies of the ensemble."""
-    threads_per_replica: int = Field(1, ge=1)
-    """Torch threads of a copy on the CPU; copies times threads should not exceed the cores."""
-    cpus_per_replica: float = Field(0.5, gt=0)
-    cascade: bool = True
-    """Let the first member answer alone where the bundle says that this is safe."""
+APP_NAME: Final = "bt"
 
 
 def build(args: dict[str, object]) -> Application:
@@ -44,8 +30,8 @@ def build(args: dict[str, object]) -> Application:
         .options(num_replicas=settings.num_replicas, ray_actor_options=resources)
         .bind(settings.bundle, settings.device, settings.threads_per_replica, settings.cascade)
     )
-    gateway = cast(Deployment, Gateway).options(ray_actor_options={"num_cpus": 0.1})
-    return gateway.bind(settings.bundle, ensemble)
+    gateway = cast(Deployment, Gateway).options(num_replicas=settings.num_gateways)
+    return gateway.bind(settings.model_dump(), ensemble)
 
 
 def start(settings: ServeSettings, port: int) -> str:

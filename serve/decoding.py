@@ -40,7 +40,6 @@ class UploadDecoder:
     """A pool of processes that decode; one that dies is replaced.
 
     Args:
-        specs: preprocessing specs with distinct pixels.
         num_processes: how many uploads are decoded at once.
         max_bytes: of memory, besides the upload, that decoding one may take.
         max_seconds: that decoding one may take.
@@ -48,37 +47,37 @@ class UploadDecoder:
 
     def __init__(
         self,
-        specs: Sequence[PreprocessSpec],
         num_processes: int = 2,
         max_bytes: int = MAX_DECODE_BYTES,
         max_seconds: float = MAX_SECONDS,
     ) -> None:
-        self._specs = tuple(specs)
         self._limits = max_bytes, max_seconds
         self._num_processes = num_processes
         self._pool = self._new_pool()
         for _ in range(num_processes):  # so that the first upload does not wait for their imports
             self._pool.schedule(_attempt, args=(b"", "", (), self._limits))
 
-    async def decode(self, content: bytes, hint: str) -> Decoded:
+    async def decode(self, content: bytes, hint: str, specs: tuple[PreprocessSpec, ...]) -> Decoded:
         """Do what `decode_upload` does, within bounds of memory and time.
 
         Raises:
             ScanError: as `decode_upload`, or `decoder_crashed`.
         """
         try:
-            outcome = await self._ask(content, hint)
+            outcome = await self._ask(content, hint, specs)
         except BrokenProcessPool:  # a process was killed between two files, and the pool with it
-            outcome = await self._ask(content, hint)
+            outcome = await self._ask(content, hint, specs)
         if isinstance(outcome, ScanError):
             raise outcome
         return outcome
 
-    async def _ask(self, content: bytes, hint: str) -> Decoded | ScanError:
+    async def _ask(
+        self, content: bytes, hint: str, specs: tuple[PreprocessSpec, ...]
+    ) -> Decoded | ScanError:
         if not self._pool.active:
             self.close()
             self._pool = self._new_pool()
-        task = self._pool.schedule(_attempt, args=(content, hint, self._specs, self._limits))
+        task = self._pool.schedule(_attempt, args=(content, hint, specs, self._limits))
         future = asyncio.wrap_future(task)
         future.add_done_callback(_retrieve)
         try:  # shielded: pebble would end the process of a client that hangs up

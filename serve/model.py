@@ -1,17 +1,16 @@
 """The deployment that holds the ensemble and answers in batches."""
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from ray import serve
 
 from bt_core.ensemble.ensemble import Ensemble
 from bt_core.models.bundle import Bundle
+from serve.service import Scan
 
-MAX_BATCH = 16
-Scan = tuple[list[np.ndarray], str, str]
-"""Pixels_SS uint8 for each spec of the bundle, the pixel digest, and what the input gate says."""
+MAX_BATCH: Final = 16
 
 
 @serve.deployment(max_ongoing_requests=4 * MAX_BATCH)

@@ -37,10 +37,25 @@ class Prediction(BaseModel):
     preprocess_digest: str
 
 
-class Predictions(BaseModel):
-    """Answers in the order of the files."""
+class Refusal(BaseModel):
+    """What stands in place of an answer among others, for a file that got none."""
 
-    results: list[Prediction]
+    scan_id: str = Field(description="First 20 digits of the content's SHA-256.")
+    content_sha256: str
+    status: Literal["rejected", "failed"] = Field(
+        description="`rejected`: whole, but not a scan that may be classified; `failed`: could not "
+        "be read."
+    )
+    reason: str = Field(description="Reason code.")
+    detail: str = Field(description="The reason in words.")
+    bundle_id: str
+    preprocess_digest: str
+
+
+class Predictions(BaseModel):
+    """Results in the order of the files."""
+
+    results: list[Prediction | Refusal]
 
 
 class ModelDescription(BaseModel):

@@ -25,8 +25,8 @@ from bt_core.models.classifier import build_classifier
 from bt_core.models.spec import HeadSpec, ModelSpec
 from bt_core.scans.decoded import BURNED_IN
 from bt_core.scans.preprocess import PreprocessSpec, head_mask
+from tests.tiny_bundle import make_bundle
 from tests.unit.test_evaluation import tables
-from tests.unit.test_models import make_bundle
 
 SIDE = 96
 SPACE = LABEL_SPACES["four_class"]

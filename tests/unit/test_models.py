@@ -18,19 +18,15 @@ from bt_core.ensemble.far import FarDetector
 from bt_core.ensemble.scorer import Scorer
 from bt_core.errors import BundleError, ConfigError, WeightsError
 from bt_core.inference.predictor import Predictor, distinct_specs
-from bt_core.labels import LABEL_SPACES
 from bt_core.models.bundle import (
     COPIES_FILE,
     FAR_FILE,
     Bundle,
-    BundleInfo,
     CascadeInfo,
-    MemberInfo,
-    ReviewInfo,
     SubsetInfo,
     index_key,
 )
-from bt_core.models.bundle_writer import write_bundle, write_card
+from bt_core.models.bundle_writer import write_card
 from bt_core.models.classifier import build_classifier, build_head, rebuild_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.spec import HeadSpec, ModelSpec
@@ -38,44 +34,7 @@ from bt_core.models.training_index import TrainingIndex
 from bt_core.scans.phantom import phantom_slice
 from bt_core.scans.preprocess import ClaheSpec, PreprocessSpec, preprocess_pixels
 from bt_core.scans.thumbnails import THUMBNAIL
-
-TINY = ModelSpec(backbone="cnn_small", backbone_args={"width": 4}, weights="none")
-SPACE = LABEL_SPACES["four_class"]
-
-
-def make_bundle(
-    location, sizes=(32, 48), flips="none", min_confidence=0.3, sure=False, arrays=None, **changes
-):
-    members, weights = [], {}
-    for i, size in enumerate(sizes):
-        torch.manual_seed(i)
-        tiny = TINY.model_copy(update={"test_time_flips": flips})
-        model, spec, preprocess = build_classifier(tiny, PreprocessSpec(size_px=size), 4)
-        name = f"m{i}"
-        members.append(
-            MemberInfo(
-                name=name,
-                model=spec,
-                preprocess=preprocess,
-                golden_digest=Preprocessor(preprocess).golden_digest,
-                weight=1 / len(sizes),
-                temperature=1.5,
-            )
-        )
-        weights[name] = model.state_dict()
-    review = ReviewInfo(
-        min_confidence=min_confidence,
-        target_accuracy=0.98,
-        conformal_level=0.9,
-        conformal_min_probs=dict.fromkeys(SPACE.names, 0.2),
-        max_missed_tumor_rate=0.01,
-        healthy_above=0.0 if sure else 0.9,
-    )
-    info = BundleInfo(
-        label_space=SPACE, members=tuple(members), temperature=1e-3 if sure else 0.9,
-        review=review, metrics={}, provenance={}, **changes,
-    )  # fmt: skip
-    return write_bundle(str(location), info, weights, ["ab" * 32], "a card", arrays)
+from tests.tiny_bundle import SPACE, TINY, make_bundle
 
 
 def test_a_bundle_comes_back_as_it_was_written(tmp_path):

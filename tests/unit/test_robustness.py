@@ -8,7 +8,7 @@ from bt_core.evaluation.robustness import Perturber, robustness_figures, variant
 from bt_core.labels import LABEL_SPACES
 from bt_core.scans.perturb import PERTURBATIONS, UNITS, perturb
 from bt_core.scans.phantom import phantom_slice
-from tests.unit.test_models import make_bundle
+from tests.tiny_bundle import make_bundle
 
 SPACE = LABEL_SPACES["four_class"]
 

@@ -42,7 +42,7 @@ from bt_core.models.inputs import Preprocessor
 from bt_core.models.spec import HeadSpec, ModelSpec
 from bt_core.scans.preprocess import PreprocessSpec
 from cluster.session import Resources
-from tests.unit.test_models import TINY, make_bundle
+from tests.tiny_bundle import TINY, make_bundle
 
 FLAT = HeadSpec(pool="flatten", hidden=(8,))
 KINDS = {

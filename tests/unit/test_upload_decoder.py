@@ -19,7 +19,7 @@ PNG = encode(GREY, "PNG")
 
 @pytest.fixture(scope="module")
 def decoder():
-    decoder = UploadDecoder(SPECS, num_processes=2)
+    decoder = UploadDecoder(num_processes=2)
     yield decoder
     decoder.close()
 
@@ -27,7 +27,7 @@ def decoder():
 def outcomes(decoder, *uploads):
     async def all_of():
         return await asyncio.gather(
-            *(decoder.decode(content, "") for content in uploads), return_exceptions=True
+            *(decoder.decode(content, "", SPECS) for content in uploads), return_exceptions=True
         )
 
     return asyncio.run(all_of())
@@ -86,7 +86,7 @@ def heavy_png():
     ],
 )
 def test_an_upload_over_a_limit_is_refused_and_the_next_is_not(limits, reason):
-    strict = UploadDecoder(SPECS, num_processes=1, **limits)
+    strict = UploadDecoder(num_processes=1, **limits)
     try:
         assert reasons(outcomes(strict, PNG)) == [""]  # and the process is warm
         assert reasons(outcomes(strict, heavy_png(), PNG))[1] == ""

@@ -1,0 +1,153 @@
+"""The HTTP API over an ensemble in this process: the routes as behind Ray Serve, without it."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from bt_core.ensemble.ensemble import Ensemble
+from bt_core.models.bundle import Bundle
+from bt_core.scans.phantom import encode_picture, phantom_slice
+from serve.api import build_api
+from serve.service import HostedBundle, OverloadedError, Service
+from serve.settings import ServeSettings
+from tests.scan_files import deadly_dicom
+from tests.tiny_bundle import make_bundle
+
+SCANS = [
+    encode_picture(phantom_slice(name, 1, 96), ".png")
+    for name in ("glioma", "meningioma", "pituitary")
+]
+BAD = b"no scan at all"
+
+
+class Slow:
+    """An ensemble in this process that can be held up, and can be out of reach."""
+
+    def __init__(self, location):
+        bundle = Bundle(location)
+        self._ensemble = Ensemble(bundle)
+        self.hosted = HostedBundle(bundle.info, self.predict, self.loaded_id)
+        self.is_there = True
+        self.seconds = 0.0
+
+    async def predict(self, scan):
+        await asyncio.sleep(self.seconds)
+        if not self.is_there:
+            raise OverloadedError
+        pixels, digest, gate = scan
+        return self._ensemble.answer([p[None] for p in pixels], [digest], [gate])[0]
+
+    async def loaded_id(self):
+        if not self.is_there:
+            raise OverloadedError
+        return self.hosted.info.bundle_id
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    location = str(tmp_path_factory.mktemp("serve") / "bundle")
+    make_bundle(location, sizes=(32,))
+    return Slow(location)
+
+
+@pytest.fixture(scope="module")
+def service(ensemble):
+    settings = ServeSettings(bundle="unused", max_files=4, max_in_flight=6, max_body_mib=1)
+    service = Service(settings, ensemble.hosted)
+    yield service
+    service.close()
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with TestClient(build_api(service), raise_server_exceptions=False) as client:
+        yield client
+
+
+def files(*contents):
+    return [("files", (f"scan{i}", content)) for i, content in enumerate(contents)]
+
+
+def test_one_scan_as_body_or_file_gets_the_same_answer(client):
+    bare = client.post("/v1/predictions", content=SCANS[0])
+    assert bare.status_code == 200, bare.text
+    assert client.post("/v1/predictions", files=files(SCANS[0])).json() == bare.json()
+    (answer,) = bare.json()["results"]
+    assert answer["status"] in ("scored", "deferred")
+    assert sum(answer["probabilities"].values()) == pytest.approx(1)
+
+
+def test_one_bad_file_among_several_costs_no_other_its_answer(client):
+    answer = client.post("/v1/predictions", files=files(SCANS[0], BAD, SCANS[1], deadly_dicom()))
+    assert answer.status_code == 200
+    good, bad, other, deadly = answer.json()["results"]
+    (alone,) = client.post("/v1/predictions", content=SCANS[1]).json()["results"]
+    assert other == alone
+    assert good["predicted_label"]
+    assert (bad["status"], bad["reason"]) == ("rejected", "unsupported_type")
+    assert (deadly["status"], deadly["reason"]) == ("failed", "decoder_crashed")
+    assert "predicted_label" not in bad
+
+
+def test_a_bad_file_alone_is_a_problem_document(client):
+    answer = client.post("/v1/predictions", files=files(BAD))
+    assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_type")
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "code"),
+    [
+        ({"files": files(*SCANS, *SCANS)}, 400, "bad_request"),
+        ({"data": {"files": "text"}, "files": [("other", SCANS[0])]}, 400, "bad_request"),
+        ({"files": [("other", SCANS[0])]}, 400, "bad_request"),
+        ({"content": bytes(2 * 1024**2)}, 413, "body_too_large"),
+        (
+            {"content": b"--x\r\n", "headers": {"content-type": "multipart/form-data"}},
+            400,
+            "bad_request",
+        ),
+    ],
+)
+def test_requests_that_do_not_fit_are_problem_documents(client, options, status, code):
+    answer = client.post("/v1/predictions", **options)
+    assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+
+
+def test_more_than_it_can_work_on_is_turned_away_at_once(ensemble, service):
+    async def both():
+        first = asyncio.ensure_future(service.answer_all([(content, "") for content in SCANS * 2]))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError):
+            await service.answer_all([(SCANS[0], "")])
+        return await first
+
+    ensemble.seconds = 0.3
+    try:
+        assert len(asyncio.run(both())) == 6
+        assert len(asyncio.run(service.answer_all([(SCANS[0], "")]))) == 1, "there is room again"
+    finally:
+        ensemble.seconds = 0.0
+
+
+def test_an_ensemble_out_of_reach_is_said_so(ensemble, client):
+    assert client.get("/readyz").json()["status"] == "ready"
+    ensemble.is_there = False
+    try:
+        answer = client.post("/v1/predictions", content=SCANS[0])
+        assert (answer.status_code, answer.json()["code"]) == (503, "overloaded")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/healthz").status_code == 200
+    finally:
+        ensemble.is_there = True
+
+
+def test_every_answer_of_a_batch_is_its_own(client):
+    rng = np.random.default_rng(0)
+    order = rng.permutation(3).tolist()
+    together = client.post("/v1/predictions", files=files(*(SCANS[i] for i in order))).json()
+    for i, result in zip(order, together["results"], strict=True):
+        assert result == client.post("/v1/predictions", content=SCANS[i]).json()["results"][0]
