@@ -110,6 +110,7 @@ def build(
 
     from bt_core.ensemble.build import assemble
     from bt_core.evaluation.model_card import model_card
+    from bt_core.inference.predictor import with_golden_probs
     from bt_core.models.bundle_writer import write_bundle
 
     info = assemble(runs, options)
@@ -126,11 +127,12 @@ def build(
             next(iter(str(error).splitlines()), type(error).__name__),
         )
         arrays = {}
+    states = {member.name: kept[member.name].state_dict() for member in info.members}
     storage.remove_dir(out)
     return write_bundle(
         out,
-        info,
-        {member.name: kept[member.name].state_dict() for member in info.members},
+        with_golden_probs(info, states),
+        states,
         [digest for run in runs for digest in run.training_digests()],
         model_card(info),
         arrays,

@@ -111,7 +111,8 @@ async def predict(request: Request, service: ServiceOf) -> Any:
 async def model(service: ServiceOf) -> Any:
     """Describe the bundle that answers."""
     info = service.ensemble.info
-    members = [m.model_dump(mode="json", exclude={"golden_digest"}) for m in info.members]
+    hidden = {"golden_digest", "golden_probs"}
+    members = [m.model_dump(mode="json", exclude=hidden) for m in info.members]
     return {
         "bundle_id": info.bundle_id,
         "task": info.label_space.task,

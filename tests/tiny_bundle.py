@@ -2,6 +2,7 @@
 
 import torch
 
+from bt_core.inference.predictor import with_golden_probs
 from bt_core.labels import LABEL_SPACES
 from bt_core.models.bundle import BundleInfo, MemberInfo, ReviewInfo
 from bt_core.models.bundle_writer import write_bundle
@@ -47,4 +48,5 @@ def make_bundle(
         label_space=SPACE, members=tuple(members), temperature=1e-3 if sure else 0.9,
         review=review, metrics={}, provenance={}, **changes,
     )  # fmt: skip
+    info = with_golden_probs(info, weights)
     return write_bundle(str(location), info, weights, ["ab" * 32], "a card", arrays)

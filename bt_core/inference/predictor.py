@@ -3,19 +3,23 @@
 Shape suffixes: M members, B batch, S side, K classes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 import numpy as np
 import torch
 
 from bt_core.errors import BundleError
-from bt_core.inference.runtime import Runtime, load_runtime
+from bt_core.inference.runtime import Runtime, TorchRuntime, golden_probs, load_runtime
 from bt_core.log import logger
 from bt_core.models.bundle import Bundle, BundleInfo, MemberInfo
-from bt_core.models.classifier import Classifier
+from bt_core.models.classifier import Classifier, rebuild_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.scans.preprocess import PreprocessSpec
 from bt_core.scans.thumbnails import THUMBNAIL
+
+_GOLDEN_TOLERANCE: Final = 0.02
+"""Kernels of other CPUs and GPUs (TF32) add in other orders; a fault is far beyond."""
 
 
 class Predictor:
@@ -29,7 +33,7 @@ class Predictor:
 
     Raises:
         BundleError: if fewer members than the quorum load: their weights do not fit, or this host
-            preprocesses the golden image differently.
+            preprocesses the golden image differently, or answers on it otherwise.
     """
 
     def __init__(self, bundle: Bundle, device: str = "cpu", num_threads: int = 1) -> None:
@@ -74,6 +78,7 @@ class Predictor:
                 "from the one that trained it; install the versions of requirements.lock"
             )
         model = bundle.load_member(member).to(self.device)
+        _check_golden(member, TorchRuntime(model, preprocessor))
         self.runtimes.append(load_runtime(bundle, member, model, preprocessor))
         self.models.append(model)
         self._preprocessors.append(preprocessor)
@@ -103,6 +108,24 @@ class Predictor:
         return [p.batch(pixels[i]).to(self.device) for p, i in members]
 
 
+def _check_golden(member: MemberInfo, reference: TorchRuntime) -> None:
+    """Refuse a host that computes another answer than the one on which the bundle was built.
+
+    Raises:
+        BundleError: with how far it is off.
+    """
+    if not member.golden_probs:
+        return
+    told = golden_probs(reference, member.preprocess, member.temperature)
+    change = np.nan_to_num(np.abs(told - np.array(member.golden_probs)), nan=1.0).max()
+    if change > _GOLDEN_TOLERANCE:
+        raise BundleError(
+            f"member {member.name}: on this host a probability of the golden picture is "
+            f"{change:.3f} from what it was where the bundle was built; {_GOLDEN_TOLERANCE:g} is "
+            "allowed: install the versions of requirements.lock, or test this machine's memory"
+        )
+
+
 def needed_specs(info: BundleInfo) -> tuple[tuple[PreprocessSpec, ...], tuple[int, ...]]:
     """Return what a scan is made into to be answered: for the members, and as a thumbnail.
 
@@ -122,3 +145,23 @@ def distinct_specs(
         distinct.setdefault(spec.pixel_digest, spec)
     places = list(distinct)
     return tuple(distinct.values()), tuple(places.index(s.pixel_digest) for s in specs)
+
+
+def with_golden_probs(
+    info: BundleInfo, state_dicts: Mapping[str, dict[str, torch.Tensor]]
+) -> BundleInfo:
+    """Return the description of a bundle with what its members answer on the golden picture.
+
+    Args:
+        info: of a bundle that is built.
+        state_dicts: weights by member name.
+    """
+    members = []
+    for member in info.members:
+        model = rebuild_classifier(member.model, member.preprocess, info.label_space.num_classes)
+        model.load_state_dict(state_dicts[member.name])
+        reference = TorchRuntime(model.eval(), Preprocessor(member.preprocess))
+        probs_BK = golden_probs(reference, member.preprocess, member.temperature)
+        rows = tuple(tuple(row) for row in probs_BK.tolist())
+        members.append(member.model_copy(update={"golden_probs": rows}))
+    return info.model_copy(update={"members": tuple(members)})

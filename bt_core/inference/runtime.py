@@ -285,12 +285,18 @@ def golden_change(
 ) -> float:
     """Return the largest difference between the probabilities of two runtimes, in [0, 1].
 
-    Of the golden picture in four positions; 1 if either gives what is no number.
+    Of the golden picture; 1 if either gives what is no number.
     """
+    one, other = (golden_probs(r, spec, temperature) for r in (runtime, reference))
+    return float(np.nan_to_num(np.abs(one - other), nan=1.0).max())
+
+
+def golden_probs(runtime: Runtime, spec: PreprocessSpec, temperature: float) -> np.ndarray:
+    """Return the probabilities (4, K) of the golden picture in four positions."""
     image_SS = preprocess_pixels(golden_image(), spec)
     golden_BSS = np.stack([np.rot90(image_SS, turns) for turns in range(4)])
-    one, other = (softmax(r.run(golden_BSS)[0] / temperature, 1) for r in (runtime, reference))
-    return float(np.nan_to_num(np.abs(one - other), nan=1.0).max())
+    probs_BK: np.ndarray = softmax(np.float64(runtime.run(golden_BSS)[0]) / temperature, axis=1)
+    return probs_BK
 
 
 def _cpu_has_bf16() -> bool:

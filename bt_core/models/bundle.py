@@ -74,6 +74,9 @@ class MemberInfo(StrictModel):
     """Share in the averaged probabilities; the weights of all members sum to 1."""
     temperature: float = Field(gt=0)
     """Divides this member's logits before the softmax."""
+    golden_probs: tuple[tuple[float, ...], ...] = ()
+    """The reference's probabilities of the golden picture in four positions, where it was built. A
+    host on which they come out otherwise may not score."""
     runtime: RuntimeInfo = RuntimeInfo()
 
 

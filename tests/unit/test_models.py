@@ -18,6 +18,7 @@ from bt_core.ensemble.far import FarDetector
 from bt_core.ensemble.scorer import Scorer
 from bt_core.errors import BundleError, ConfigError, WeightsError
 from bt_core.inference.predictor import Predictor, distinct_specs
+from bt_core.inference.runtime import TorchRuntime
 from bt_core.models.bundle import (
     COPIES_FILE,
     FAR_FILE,
@@ -208,6 +209,20 @@ def test_a_member_that_cannot_answer_is_left_out_and_said(tmp_path, fault, lines
         bundle.info = strict
         with pytest.raises(BundleError, match="golden image"):
             Predictor(bundle)
+
+
+def test_a_host_that_computes_other_answers_may_not_score(tmp_path, monkeypatch):
+    make_bundle(tmp_path / "b", sizes=(32,))
+    Predictor(Bundle(str(tmp_path / "b")))
+    right = TorchRuntime._forward
+
+    def faulty(self, pixels_BSS):
+        logits_BK, features_BD = right(self, pixels_BSS)
+        return logits_BK + np.array([0.5, 0, 0, 0], np.float32), features_BD
+
+    monkeypatch.setattr(TorchRuntime, "_forward", faulty)
+    with pytest.raises(BundleError, match=r"golden picture is 0\.\d+ from what it was"):
+        Predictor(Bundle(str(tmp_path / "b")))
 
 
 def test_odd_scans_are_deferred_and_copies_of_training_scans_known(tmp_path):
