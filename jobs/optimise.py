@@ -19,7 +19,8 @@ from jobs.command import (
 
 if TYPE_CHECKING:
     from bt_core.data.catalog import Dataset
-    from bt_core.inference.optimise import Choice, Limits, Scans
+    from bt_core.inference.fidelity import Limits
+    from bt_core.inference.optimise import Choice, Scans
     from bt_core.models.bundle import Bundle, BundleInfo
     from bt_core.scans.preprocess import PreprocessSpec
 
@@ -65,7 +66,8 @@ def run(
     import torch
 
     from bt_core.data.catalog import Dataset
-    from bt_core.inference.optimise import CANDIDATES, Limits
+    from bt_core.inference.fidelity import Limits
+    from bt_core.inference.optimise import CANDIDATES
     from bt_core.models.bundle import Bundle
 
     unknown = sorted(set(only or ()) - {kind for kind, _ in CANDIDATES})
@@ -198,7 +200,7 @@ def _of_ensemble(bundle: "Bundle", choices: "dict[str, Choice]") -> dict[str, fl
 
     from bt_core.ensemble.calibration import calibration_of
     from bt_core.ensemble.review import decide
-    from bt_core.inference.optimise import flip_bound
+    from bt_core.inference.fidelity import flip_bound
 
     info = bundle.info
     names = [member.name for member in info.members]

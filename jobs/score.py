@@ -2,7 +2,6 @@
 
 import time
 import uuid
-from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, cast
@@ -40,7 +39,6 @@ class Settings:
     dicom: "Kind | None" = None
 
 
-DICOM_FOLDER: Final = "dicom_results"
 MANIFEST_FILE: Final = "manifest.json"
 """Written last, so its presence means that all scores are there."""
 
@@ -92,6 +90,7 @@ def score_source(
     Returns:
         The content of `manifest.json`, and whether the source was whole.
     """
+    from bt_core.data.dicom_stage import write_results
     from bt_core.data.publish import publish
     from bt_core.data.score_work import ScoreJob, ScoreWork, writing
     from bt_core.data.scoring import score_manifest
@@ -132,7 +131,9 @@ def score_source(
             score_manifest(work, specs, Scorer, args, actors, streamed)
             with writing(out):
                 published = publish(work, out, job.num_scans)
-                results = _write_dicom(published, out, options.dicom) if options.dicom else None
+                results = (
+                    write_results(published.parts, out, options.dicom) if options.dicom else None
+                )
     finally:
         if not work.is_begun():
             work.remove()
@@ -150,31 +151,6 @@ def _dicom_kind(given: str | None) -> "Kind | None":
     if given is None or given in ("sr", "sc"):
         return cast("Kind | None", given)
     raise UsageError(f"--dicom {given}: use sr (structured report) or sc (secondary capture)")
-
-
-def _write_dicom(published: "Published", out: str, kind: "Kind") -> dict[str, Any]:
-    """Write the answers on DICOM scans as DICOM objects; return how many, and why not others."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    from bt_core.data import pipeline
-    from bt_core.data.dicom_stage import ANSWER_COLUMNS, DicomResultStage
-
-    stage = DicomResultStage(storage.join(out, DICOM_FOLDER), kind)
-    reasons: Counter[str] = Counter()
-    for part in published.parts:  # one after another: all rows of a large archive would not fit
-        rows = storage.read_table(storage.join(out, part["file"]))
-        chosen = [n for n in rows.column_names if n in ANSWER_COLUMNS or n.startswith("prob_")]
-        answered = pc.is_valid(rows["predicted_label"])
-        scans = rows.filter(pc.and_(answered, pc.equal(rows["format"], "DICOM"))).select(chosen)
-        if not scans.num_rows:
-            continue
-        written = pipeline.decode(scans, stage).iter_batches(
-            batch_size=None, batch_format="pyarrow"
-        )
-        reasons.update(pa.concat_tables(list(written))["reason"].to_pylist())
-    num_written = reasons.pop("", 0)
-    return {"kind": kind, "written": num_written, "not_written": dict(sorted(reasons.items()))}
 
 
 def score_refs(
@@ -207,6 +183,8 @@ def clear_scores(out: str) -> None:
 
     What else a scoring job writes goes only where one has finished: it may be somebody's own.
     """
+    from bt_core.data.publish import DICOM_FOLDER
+
     if storage.exists(storage.join(out, MANIFEST_FILE)):
         storage.remove_file(storage.join(out, "review.csv"))
         storage.remove_dir(storage.join(out, DICOM_FOLDER))
@@ -295,6 +273,7 @@ def _manifest(
 
 
 def _print_summary(manifest: dict[str, Any], bundle: "Bundle", out: str) -> None:
+    from bt_core.data.publish import DICOM_FOLDER
     from bt_core.ensemble.scorer import STATUSES
 
     print(

@@ -1,12 +1,17 @@
 """Answers written as DICOM objects, one file for each DICOM scan, in tasks that may crash."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from bt_core import storage
+from bt_core.data import pipeline
 from bt_core.data.decode_stage import Columns
+from bt_core.data.publish import DICOM_FOLDER
 from bt_core.errors import ScanError
 from bt_core.scans.archives import ScanRef, read_member
 from bt_core.scans.dicom_results import Answer, Kind, dicom_result
@@ -69,3 +74,31 @@ class DicomResultStage:
             return self.set_aside(row, error.reason, error.detail)
         storage.write_bytes(storage.join(self.folder, f"{scan_id}.dcm"), made)
         return self.set_aside(row, "", "")
+
+
+def write_results(parts: list[dict[str, Any]], out: str, kind: Kind) -> dict[str, Any]:
+    """Write the answers on DICOM scans of published rows into `DICOM_FOLDER` below a folder.
+
+    Args:
+        parts: as in `publish.Published`.
+        out: the folder that they lie below.
+        kind: of the objects.
+
+    Returns:
+        kind, written, and not_written: how many have none, by reason.
+    """
+    stage = DicomResultStage(storage.join(out, DICOM_FOLDER), kind)
+    reasons: Counter[str] = Counter()
+    for part in parts:  # one after another: all rows of a large archive would not fit
+        rows = storage.read_table(storage.join(out, part["file"]))
+        chosen = [n for n in rows.column_names if n in ANSWER_COLUMNS or n.startswith("prob_")]
+        answered = pc.is_valid(rows["predicted_label"])
+        scans = rows.filter(pc.and_(answered, pc.equal(rows["format"], "DICOM"))).select(chosen)
+        if not scans.num_rows:
+            continue
+        written = pipeline.decode(scans, stage).iter_batches(
+            batch_size=None, batch_format="pyarrow"
+        )
+        reasons.update(pa.concat_tables(list(written))["reason"].to_pylist())
+    num_written = reasons.pop("", 0)
+    return {"kind": kind, "written": num_written, "not_written": dict(sorted(reasons.items()))}

@@ -24,6 +24,7 @@ from bt_core.data.crash_guard import COMPUTE_SECONDS
 from bt_core.data.score_work import ScoreWork
 from bt_core.errors import REASONS
 
+DICOM_FOLDER: Final = "dicom_results"
 PART_ROWS: Final = 25_000
 _DEALT_AT_ONCE: Final = 8192
 REVIEW_COLUMNS: Final = (

@@ -73,19 +73,9 @@ def score_manifest(
     num_actors = num_workers(num_actors, num_left)
     if num_done:  # the checkpoint's filter holds a CPU
         cpus = max(0.0, round(cpus - 1 / num_actors, 3))
+    row_bytes = _ROW_BYTES + sum(spec.size_px**2 for spec in specs)
     block_rows = job.num_scans if is_streamed else BLOCK_ROWS
     num_blocks = -(-num_left // block_rows)
-    with _lean_reader():
-        refs = ray.data.read_parquet(
-            work.manifest,
-            filesystem=storage.filesystem(work.manifest)[0],
-            override_num_blocks=len(storage.list_files(work.manifest)),
-        )
-    refs.context.checkpoint_config = _checkpoint(work)
-    # Small archives, too, pass on in pieces, so that all actors have work and rows are done soon.
-    rows_at_once = min(max(num_left // (_PIECES_EACH * num_actors), SCORE_BATCH), _MOST_ROWS)
-    row_bytes = _ROW_BYTES + sum(spec.size_px**2 for spec in specs)
-    refs.context.target_max_block_size = rows_at_once * row_bytes
     with (
         _lean_reader(),
         bounded_retries(),
@@ -93,7 +83,9 @@ def score_manifest(
         _explained(),
         _reported(work, job.num_scans, num_done),
     ):
-        refs.repartition(target_num_rows_per_block=block_rows).map_batches(
+        _refs(work, num_left, num_actors, row_bytes).repartition(
+            target_num_rows_per_block=block_rows
+        ).map_batches(
             oversee_stream if is_streamed else oversee,
             fn_kwargs={"stage": DecodeStage(specs, gated=True)},
             batch_size=None,
@@ -115,6 +107,20 @@ def score_manifest(
             min_rows_per_file=COMMIT_ROWS,
             ray_remote_args={"max_retries": MAX_RETRIES},
         )
+
+
+def _refs(work: ScoreWork, num_left: int, num_actors: int, row_bytes: int) -> ray.data.Dataset:
+    """Return the refs of a job, without those that are done."""
+    refs = ray.data.read_parquet(
+        work.manifest,
+        filesystem=storage.filesystem(work.manifest)[0],
+        override_num_blocks=len(storage.list_files(work.manifest)),
+    )
+    refs.context.checkpoint_config = _checkpoint(work)
+    # Small archives, too, pass on in pieces, so that all actors have work and rows are done soon.
+    rows_at_once = min(max(num_left // (_PIECES_EACH * num_actors), SCORE_BATCH), _MOST_ROWS)
+    refs.context.target_max_block_size = rows_at_once * row_bytes
+    return refs
 
 
 @contextmanager

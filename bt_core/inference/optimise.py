@@ -12,12 +12,9 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from pydantic import Field
-from scipy.special import softmax
-from scipy.stats import beta
 
-from bt_core.config import StrictModel
 from bt_core.errors import UnavailableError
+from bt_core.inference.fidelity import Limits, Measured, compare, doubtful_below, judge
 from bt_core.inference.runtime import Runtime, TorchRuntime, confidence, golden_change, start
 from bt_core.models.bundle import EXPORTS, INT8_EXPORTS, RuntimeInfo
 from bt_core.models.classifier import Classifier
@@ -34,44 +31,7 @@ _ROUNDS: Final = 5
 _ROUND_SECONDS: Final = 0.4
 _RATE_BATCH: Final = 64
 """Scans that come at once, as in scoring."""
-EXACT_BELOW: Final = (0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
-"""Confidences that doubtful answers may lie below."""
 _KEPT_FLAGS: Final = ("avx2", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
-
-
-class Limits(StrictModel):
-    """What may differ from the reference."""
-
-    max_flips: float = Field(0.001, ge=0, le=1)
-    """Share of scans whose likeliest class is another one."""
-    max_change: float = Field(0.05, ge=0, le=1)
-    """Of any probability of any scan, by the member alone."""
-    min_scans: int = Field(300, ge=1)
-    """On fewer, lower precision than float32 is not accepted: that none of 300 flips says that
-    fewer than 1 % do, with 95 % confidence."""
-
-
-@dataclass
-class Measured:
-    """One way to run a member, on the validation scans and on one thread of this host."""
-
-    name: str
-    batch_size: int
-    exact_below: float = 0.0
-    """As in `RuntimeInfo`."""
-    exact_share: float = 0.0
-    """Of the validation scans that it answers in float32."""
-    images_per_second: float | None = None
-    """Of CPU time, median of rounds that all took turns in; None for what this host cannot run."""
-    start_seconds: float | None = None
-    """Compiling it, once its files are there."""
-    label_flips: float | None = None
-    """Share of scans with another likeliest class than the reference's."""
-    max_change: float | None = None
-    """Largest difference of any probability from the reference's, golden picture included."""
-    mean_change: float | None = None
-    accepted: bool = False
-    why_not: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,31 +96,7 @@ def choose_runtime(
         candidates: kinds and precisions; the reference is always one.
         batch_size: scans of each forward pass.
     """
-    reference = TorchRuntime(classifier, preprocessor, batch_size)
-    wanted_NK = reference.run(scans.compared_NSS)[0]
-    first = Measured("torch fp32", batch_size)
-    compare(first, wanted_NK, wanted_NK, temperature, 0.0)
-    started = [_Started(reference, first, wanted_NK, {})]
-    rows = [first]
-    exporter = _Exporter(classifier, preprocessor, scans.ranges_NSS, batch_size)
-
-    def try_out(info: RuntimeInfo) -> _Started | None:
-        rows.append(row := Measured(name_of(info), batch_size, info.exact_below))
-        try:
-            files = exporter.files(info.exports)
-            began = time.perf_counter()
-            runtime = start(classifier, preprocessor, info, files)
-        except UnavailableError as error:
-            row.why_not = _without_paths(str(error))
-            return None
-        row.start_seconds = round(time.perf_counter() - began, 2)
-        logits_NK = runtime.run(scans.compared_NSS)[0]
-        golden = golden_change(runtime, reference, preprocessor.spec, temperature)
-        compare(row, logits_NK, wanted_NK, temperature, golden)
-        judge(row, limits, info.precision != "fp32" and len(logits_NK) < limits.min_scans)
-        started.append(_Started(runtime, row, logits_NK, files))
-        return started[-1]
-
+    contest = _Contest(classifier, preprocessor, temperature, scans, limits, batch_size)
     for kind, precision in candidates:
         info = RuntimeInfo.model_validate(
             {
@@ -170,105 +106,77 @@ def choose_runtime(
                 "max_change": limits.max_change,
             }
         )
-        alone = try_out(info)
-        if alone is None or alone.measured.accepted:
-            continue
-        below = doubtful_below(alone.logits_NK, wanted_NK, temperature, limits)
-        if below is not None:
-            checked = try_out(info.model_copy(update={"exact_below": below}))
-            if checked is not None:
-                checked.measured.exact_share = float((confidence(alone.logits_NK) < below).mean())
-    judge(first, limits)
-    _time_in_turns(started, scans.compared_NSS)
+        contest.try_with_recheck(info)
+    _time_in_turns(contest.started, scans.compared_NSS)
     best = max(
-        (one for one in started if one.measured.accepted),
+        (one for one in contest.started if one.measured.accepted),
         key=lambda one: one.measured.images_per_second or 0.0,
     )
-    return Choice(best.runtime.info, rows, best.logits_NK, wanted_NK, best.files)
+    return Choice(best.runtime.info, contest.rows, best.logits_NK, contest.wanted_NK, best.files)
+
+
+class _Contest:
+    """The candidates of one member that were tried out, the reference first."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        preprocessor: Preprocessor,
+        temperature: float,
+        scans: Scans,
+        limits: Limits,
+        batch_size: int,
+    ) -> None:
+        self._classifier, self._preprocessor = classifier, preprocessor
+        self._temperature, self._scans, self._limits = temperature, scans, limits
+        self._exporter = _Exporter(classifier, preprocessor, scans.ranges_NSS, batch_size)
+        self._reference = TorchRuntime(classifier, preprocessor, batch_size)
+        self.wanted_NK = self._reference.run(scans.compared_NSS)[0]
+        first = Measured("torch fp32", batch_size)
+        compare(first, self.wanted_NK, self.wanted_NK, temperature, 0.0)
+        judge(first, limits)
+        self.rows = [first]
+        self.started = [_Started(self._reference, first, self.wanted_NK, {})]
+
+    def try_with_recheck(self, info: RuntimeInfo) -> None:
+        """Try a candidate; if it is refused, also with doubtful scans once more in float32."""
+        alone = self._try(info)
+        if alone is None or alone.measured.accepted:
+            return
+        args = (alone.logits_NK, self.wanted_NK, self._temperature, self._limits)
+        below = doubtful_below(*args)
+        if below is None:
+            return
+        checked = self._try(info.model_copy(update={"exact_below": below}))
+        if checked is not None:
+            checked.measured.exact_share = float((confidence(alone.logits_NK) < below).mean())
+
+    def _try(self, info: RuntimeInfo) -> _Started | None:
+        """Start a candidate and compare its answers; None if this host cannot run it."""
+        row = Measured(name_of(info), info.batch_size, info.exact_below)
+        self.rows.append(row)
+        try:
+            files = self._exporter.files(info.exports)
+            began = time.perf_counter()
+            runtime = start(self._classifier, self._preprocessor, info, files)
+        except UnavailableError as error:
+            row.why_not = _without_paths(str(error))
+            return None
+        row.start_seconds = round(time.perf_counter() - began, 2)
+        logits_NK = runtime.run(self._scans.compared_NSS)[0]
+        spec = self._preprocessor.spec
+        golden = golden_change(runtime, self._reference, spec, self._temperature)
+        compare(row, logits_NK, self.wanted_NK, self._temperature, golden)
+        is_unproven = info.precision != "fp32" and len(logits_NK) < self._limits.min_scans
+        judge(row, self._limits, is_unproven)
+        self.started.append(_Started(runtime, row, logits_NK, files))
+        return self.started[-1]
 
 
 def name_of(info: RuntimeInfo) -> str:
     """Return how people call a runtime."""
     checked = f" (fp32 below {info.exact_below:g})" if info.exact_below else ""
     return f"{info.kind} {info.precision}{checked}"
-
-
-def doubtful_below(
-    logits_NK: np.ndarray, wanted_NK: np.ndarray, temperature: float, limits: Limits
-) -> float | None:
-    """Return the lowest confidence of `EXACT_BELOW` that keeps the limits, or None.
-
-    Answers less sure are taken from the reference. Both limits are halved, because the scans that
-    choose are those that are counted afterwards.
-
-    Args:
-        logits_NK: the candidate's.
-        wanted_NK: the reference's.
-        temperature: the member's.
-        limits: what may differ.
-    """
-    half = Limits(max_flips=limits.max_flips / 2, max_change=limits.max_change / 2)
-    for below in EXACT_BELOW:
-        doubtful_N1 = confidence(logits_NK)[:, None] < below
-        row = Measured("", 1)
-        compare(row, np.where(doubtful_N1, wanted_NK, logits_NK), wanted_NK, temperature, 0.0)
-        judge(row, half)
-        if row.accepted:
-            return below
-    return None
-
-
-def compare(
-    row: Measured,
-    logits_NK: np.ndarray,
-    wanted_NK: np.ndarray,
-    temperature: float,
-    golden: float,
-) -> None:
-    """Fill in how far answers are from the reference's.
-
-    Args:
-        row: of the candidate.
-        logits_NK: the candidate's.
-        wanted_NK: the reference's.
-        temperature: the member's.
-        golden: largest change of the golden picture's probabilities.
-    """
-    probs_NK, right_NK = (
-        softmax(np.float64(one) / temperature, axis=1) for one in (logits_NK, wanted_NK)
-    )
-    change_NK = np.nan_to_num(np.abs(probs_NK - right_NK), nan=1.0)
-    row.label_flips = float((probs_NK.argmax(1) != right_NK.argmax(1)).mean())
-    row.max_change = float(max(change_NK.max(), golden))
-    row.mean_change = float(change_NK.mean())
-
-
-def judge(row: Measured, limits: Limits, is_unproven: bool = False) -> None:
-    """Accept a candidate, or say why not.
-
-    Args:
-        row: of the candidate.
-        limits: what may differ.
-        is_unproven: it was compared on too few scans to be accepted.
-    """
-    if row.label_flips is None or row.max_change is None:
-        return
-    faults = [f"it takes {limits.min_scans} scans to accept it"] if is_unproven else []
-    if row.label_flips > limits.max_flips:
-        faults.append(f"{row.label_flips:.2%} of labels flip, {limits.max_flips:.2%} may")
-    if row.max_change > limits.max_change:
-        faults.append(f"a probability moves by {row.max_change:.3f}, {limits.max_change:g} may")
-    row.accepted, row.why_not = not faults, "; ".join(faults)
-
-
-def flip_bound(num_flips: int, num_scans: int) -> float:
-    """Return what the share of all scans that flip is below, with 95 % confidence.
-
-    The upper bound of Clopper & Pearson (1934), on one side.
-    """
-    if num_flips == num_scans:
-        return 1.0
-    return float(beta.ppf(0.95, num_flips + 1, num_scans - num_flips))
 
 
 def host() -> dict[str, Any]:

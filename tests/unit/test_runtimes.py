@@ -14,23 +14,20 @@ import torch
 from bt_core.errors import BundleError, UnavailableError
 from bt_core.evaluation.model_card import runtimes_sentence
 from bt_core.inference import openvino_runtime
-from bt_core.inference.openvino_runtime import OpenVINORuntime, export, files_of, quantize
-from bt_core.inference.optimise import (
+from bt_core.inference.compiled_runtime import CompiledRuntime, _cpu_has_bf16
+from bt_core.inference.fidelity import (
     Limits,
     Measured,
-    Scans,
-    choose_runtime,
     compare,
     doubtful_below,
     flip_bound,
     judge,
-    name_of,
 )
+from bt_core.inference.openvino_runtime import OpenVINORuntime, export, files_of, quantize
+from bt_core.inference.optimise import Scans, choose_runtime, name_of
 from bt_core.inference.predictor import Predictor
 from bt_core.inference.runtime import (
-    CompiledRuntime,
     TorchRuntime,
-    _cpu_has_bf16,
     confidence,
     golden_change,
     start,
