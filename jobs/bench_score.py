@@ -132,7 +132,9 @@ def _own_bundle(source: str, work: str, weights: str) -> str:
         train.run(
             "mobilenetv2", dataset, f"{work}/{backbone}", [f"{k}={v}" for k, v in settings.items()]
         )
-    ensemble.run([f"{work}/{name}" for name in _MEMBERS], f"{work}/plain_bundle", overwrite=True)
+    # By log loss those from scratch get no share beside one from ImageNet weights.
+    runs = [f"{work}/{name}" for name in _MEMBERS]
+    ensemble.run(runs, f"{work}/plain_bundle", weights="equal", overwrite=True)
     optimise.run(f"{work}/plain_bundle", dataset, bundle)
     return bundle
 

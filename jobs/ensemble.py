@@ -65,7 +65,7 @@ def run(
         bool,
         typer.Option(
             "--copies/--no-copies",
-            help="Keep what tells copies of training scans: a blurred picture of each.",
+            help="Keep what tells copies of training scans: a picture of 40 px of each.",
         ),
     ] = True,
     overwrite: OverwriteOption = False,
