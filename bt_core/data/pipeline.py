@@ -252,7 +252,7 @@ def _in_actors(
             worker,
             fn_constructor_args=worker_args,
             batch_size=min(SCORE_BATCH, scans_worth_one),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size),
+            compute=ray.data.ActorPoolStrategy(size=size),
             num_cpus=cpus_per_actor,
             num_gpus=num_gpus_per_actor or None,
             max_restarts=MAX_RETRIES,

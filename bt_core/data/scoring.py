@@ -95,7 +95,7 @@ def score_manifest(
             CrashGuard,
             fn_constructor_args=(scorer, scorer_args, work.tries(job.num_attempts)),
             batch_size=SCORE_BATCH,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors),
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
             num_cpus=cpus,
             num_gpus=gpus or None,
             max_restarts=MAX_RESTARTS,
