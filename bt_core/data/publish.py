@@ -177,7 +177,8 @@ def _add(published: Published, rows: pa.Table, folder: str) -> None:
 def _to_review(rows: pa.Table) -> list[dict[str, Any]]:
     """Return the lines of `review.csv`: all rows but those that were answered without a doubt."""
     columns = [name for name in REVIEW_COLUMNS if name in rows.column_names]
-    seen = rows.filter(pc.not_equal(rows["status"], _SCORED)).select(columns).to_pylist()
+    doubtful = rows.filter(pc.not_equal(rows["status"], _SCORED))
+    seen: list[dict[str, Any]] = doubtful.select(columns).to_pylist()
     for row in seen:
         row["member"] = plain_cell(row["member"])
         row["reason_in_words"] = REASONS.get(row["reason"], "")
