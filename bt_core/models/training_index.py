@@ -19,6 +19,7 @@ import numpy as np
 
 from bt_core.scans.thumbnails import (
     MIN_CORRELATION,
+    THUMBNAIL,
     TRANSFORMS,
     invariants,
     spectrum,
@@ -43,11 +44,12 @@ class TrainingIndex:
     def __init__(self, thumbnails_NFF: np.ndarray, families_N: np.ndarray) -> None:
         self._thumbnails_NFF = thumbnails_NFF
         self._families_N = families_N
-        blocks = [
-            invariants(spectrum(thumbnails_NFF[i : i + _BLOCK_ROWS]))
-            for i in range(0, max(len(families_N), 1), _BLOCK_ROWS)
-        ]
-        self._points_ND = np.concatenate(blocks)
+        starts = range(0, max(len(families_N), 1), _BLOCK_ROWS)
+        blocks = [thumbnails_NFF[i : i + _BLOCK_ROWS] for i in starts]
+        self._points_ND = np.concatenate([invariants(spectrum(block)) for block in blocks])
+        deviations = [block.std(axis=(1, 2), dtype=np.float64) for block in blocks]
+        norms_N = np.concatenate(deviations) * THUMBNAIL.size_px
+        self._scale_N = np.where(norms_N > 0, 1 / np.where(norms_N > 0, norms_N, 1), 0)
         self._half_squares_N = np.einsum("nd,nd->n", self._points_ND, self._points_ND) / 2
 
     def __len__(self) -> int:
@@ -95,15 +97,15 @@ class TrainingIndex:
         if not len(self) or not len(thumbnails_BFF):
             return [(None, 0.0)] * len(thumbnails_BFF)
         candidates_BC = self._nearest(invariants(spectrum(thumbnails_BFF)))
-        candidates_BCD = unit_thumbnails(self._thumbnails_NFF[candidates_BC.ravel()]).reshape(
-            *candidates_BC.shape, -1
-        )
+        # Their means need not go: the scans have none, so that nothing of them is left over.
+        candidates_BCD = self._thumbnails_NFF[candidates_BC].reshape(*candidates_BC.shape, -1)
         scans_BFF = unit_thumbnails(thumbnails_BFF)
         views_B8D = np.stack(
             [transformed(scans_BFF, t).reshape(len(scans_BFF), -1) for t in range(len(TRANSFORMS))],
             axis=1,
         )
-        best_BC = (views_B8D @ candidates_BCD.swapaxes(1, 2)).max(axis=1)
+        products_B8C = views_B8D @ candidates_BCD.astype(np.float32).swapaxes(1, 2)
+        best_BC = (products_B8C * self._scale_N[candidates_BC][:, None]).max(axis=1)
         place_B = best_BC.argmax(axis=1)
         value_B = best_BC.max(axis=1).clip(0, 1)
         family_B = self._families_N[np.take_along_axis(candidates_BC, place_B[:, None], 1)[:, 0]]
