@@ -51,13 +51,15 @@ class Progress:
         if now - self._said < _EVERY_SECONDS or (sys.stderr and sys.stderr.isatty()):
             return
         self._said = now
-        if self._first is None:
-            logger.info("%s %d of %d scans; starting", self._what, done, self._total)
+        began, num = self._first or (now, done)
+        if done == num:  # nobody knows yet how fast it goes
+            logger.info("%s %d of %d scans", self._what, done, self._total)
             return
-        began, num = self._first
-        rate = (done - num) / (now - began) if now > began else 0.0
-        left = duration((self._total - done) / rate) + " left" if rate else "time left unknown"
-        logger.info("%s %d of %d scans (%.1f/s, %s)", self._what, done, self._total, rate, left)
+        rate = (done - num) / (now - began)
+        left = duration((self._total - done) / rate)
+        logger.info(
+            "%s %d of %d scans (%.1f/s, %s left)", self._what, done, self._total, rate, left
+        )
 
 
 def duration(seconds: float) -> str:

@@ -1,10 +1,12 @@
 """A small bundle of untrained networks, which tells nothing and answers at once."""
 
+import shutil
+
 import torch
 
 from bt_core.inference.predictor import with_golden_probs
 from bt_core.labels import LABEL_SPACES
-from bt_core.models.bundle import BundleInfo, MemberInfo, ReviewInfo
+from bt_core.models.bundle import BundleInfo, MemberInfo, ReviewInfo, SubsetInfo
 from bt_core.models.bundle_writer import write_bundle
 from bt_core.models.classifier import build_classifier
 from bt_core.models.inputs import Preprocessor
@@ -50,3 +52,14 @@ def make_bundle(
     )  # fmt: skip
     info = with_golden_probs(info, weights)
     return write_bundle(str(location), info, weights, ["ab" * 32], "a card", arrays)
+
+
+def with_subsets(location, cascade=None, temperature=3.0):
+    """A bundle of two members, each of which may answer alone by a calibration of its own."""
+    whole = make_bundle(location)
+    shutil.rmtree(location)
+    alone = tuple(
+        SubsetInfo(members=(f"m{i}",), temperature=temperature + i, review=whole.review)
+        for i in (0, 1)
+    )
+    return make_bundle(location, quorum=1, subsets=alone, cascade=cascade)

@@ -1,7 +1,6 @@
 """Classifiers and bundles, without Ray."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from bt_core.models.bundle import (
     FAR_FILE,
     Bundle,
     CascadeInfo,
-    SubsetInfo,
     index_key,
 )
 from bt_core.models.bundle_writer import write_card
@@ -35,7 +33,7 @@ from bt_core.models.training_index import TrainingIndex
 from bt_core.scans.phantom import phantom_slice
 from bt_core.scans.preprocess import ClaheSpec, PreprocessSpec, preprocess_pixels
 from bt_core.scans.thumbnails import THUMBNAIL
-from tests.tiny_bundle import SPACE, TINY, make_bundle
+from tests.tiny_bundle import SPACE, TINY, make_bundle, with_subsets
 
 
 def test_a_bundle_comes_back_as_it_was_written(tmp_path):
@@ -161,17 +159,6 @@ def test_an_answer_is_the_same_to_the_last_bit_alone_and_among_others(tmp_path):
     assert (together == np.concatenate(alone, axis=1)).all()
     shifted = [predictor.logits([pixels_BSS[:2]]), predictor.logits([pixels_BSS[2:]])]
     assert (together == np.concatenate(shifted, axis=1)).all()
-
-
-def with_subsets(location, cascade=None, temperature=3.0):
-    """A bundle of two members, each of which may answer alone by a calibration of its own."""
-    whole = make_bundle(location)
-    shutil.rmtree(location)
-    alone = tuple(
-        SubsetInfo(members=(f"m{i}",), temperature=temperature + i, review=whole.review)
-        for i in (0, 1)
-    )
-    return make_bundle(location, quorum=1, subsets=alone, cascade=cascade)
 
 
 def some_pixels(ensemble, num=12):

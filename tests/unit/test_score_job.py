@@ -287,7 +287,7 @@ def test_progress_says_how_long_it_will_take(monkeypatch, lines):
     now[0] = 26.0
     progress.add(10)
     assert lines.messages == [
-        "scored 400 of 1000 scans; starting",
+        "scored 400 of 1000 scans",
         "scored 500 of 1000 scans (10.0/s, 50 s left)",
     ]
     assert [log.duration(s) for s in (89, 600, 3 * 3600 + 300)] == ["89 s", "10 min", "3 h 05 min"]
