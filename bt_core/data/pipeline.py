@@ -42,6 +42,8 @@ def configure() -> None:
 
     Its log lines are kept to errors: the commands say in one line each what was done.
     """
+    # Pools are of one size: Ray Data does not add to one beside tasks that hold the other CPUs.
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = _STARVED_AFTER_SECONDS
