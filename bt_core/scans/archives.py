@@ -78,10 +78,10 @@ def list_scans(
         filesystem, path = storage.filesystem(source)
         kind = filesystem.get_file_info(path).type
         if kind == fs.FileType.NotFound:
-            where = "cannot be reached, or" if storage.is_uri(source) else ""
+            or_away = ", or cannot be reached" if storage.is_uri(source) else ""
             raise SourceError(
-                f"{storage.redact(source)} {where} does not exist; give a folder, an archive (zip, "
-                "tar), a list (CSV, Parquet) or a scan file"
+                f"{storage.redact(source)} does not exist{or_away}; give a folder, an archive "
+                "(zip, tar), a list (CSV, Parquet) or a scan file"
             )
         _list(lister, kind, hash_key)
     except BtError:
