@@ -265,7 +265,7 @@ def test_twenty_kills_at_random_points_leave_no_trace(chain, archive, undisturbe
                     left.kill()
         else:
             errors = process.communicate()[1]
-        if process.returncode == 3:
+        if process.returncode == 3 or (out / "manifest.json").exists():  # killed after its work
             assert rows(out).equals(undisturbed), f"BT_KILL_SEED={seed}"
             number += 1
         else:
