@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from bt_core.data.catalog import Dataset
     from bt_core.ensemble.build import Options
-    from bt_core.models.bundle import BundleInfo
+    from bt_core.models.bundle import BundleInfo, DriftInfo
     from bt_core.models.run import Run
 
 _MOST_FAR: Final = 2000
@@ -117,7 +117,7 @@ def build(
     kept = {run.info.name: run for run in runs}
     first = kept[info.members[0].name]
     try:
-        arrays = _known_scans(_dataset_of(first, data), info, first, copies)
+        arrays, info = _known_scans(_dataset_of(first, data), info, first, copies)
     except (BtError, OSError, ValueError, RayError) as error:
         if data is not None:
             raise
@@ -153,8 +153,11 @@ def _dataset_of(run: "Run", data: str | None) -> "Dataset":
 
 def _known_scans(
     dataset: "Dataset", info: "BundleInfo", first: "Run", copies: bool
-) -> "dict[str, dict[str, np.ndarray]]":
-    """Return what tells copies of training scans, and scans unlike them, by file of the bundle."""
+) -> "tuple[dict[str, dict[str, np.ndarray]], BundleInfo]":
+    """Return what tells copies of training scans, and scans unlike them, by file of the bundle.
+
+    And the description, with how bright the validation scans are.
+    """
     import numpy as np
 
     from bt_core.data.views import ensure_view, read_pixels
@@ -170,12 +173,12 @@ def _known_scans(
     spec = first.info.preprocess
     with session():
         own = ensure_view(dataset, spec)
-        thumbnails = ensure_view(dataset, THUMBNAIL) if copies else ""
+        thumbnails = ensure_view(dataset, THUMBNAIL)
+    parts = [read_pixels(thumbnails, split) for split in ("train", "validation")]
     arrays = {}
     if copies:
         columns = dataset.catalog().select(["scan_id", "family"]).to_pydict()
         family_of = dict(zip(columns["scan_id"], columns["family"], strict=True))
-        parts = [read_pixels(thumbnails, split) for split in ("train", "validation")]
         families = [family_of[scan_id][:16] for ids, _ in parts for scan_id in ids]
         pixels_NFF = np.concatenate([pixels for _, pixels in parts])
         arrays[COPIES_FILE] = TrainingIndex.build(pixels_NFF, families).arrays()
@@ -189,7 +192,16 @@ def _known_scans(
     groups = np.array([group_of[ids[i]] for i in used])
     if len(set(groups.tolist())) > 1:
         arrays[FAR_FILE] = FarDetector.fit(features_ND, groups).arrays()
-    return arrays
+    return arrays, info.model_copy(update={"drift": _with_intensity(info.drift, parts[1][1])})
+
+
+def _with_intensity(drift: "DriftInfo | None", thumbnails_NFF: "np.ndarray") -> "DriftInfo":
+    from bt_core.ensemble.drift import fit_drift
+    from bt_core.models.bundle import DriftInfo
+
+    own = fit_drift({"intensity": thumbnails_NFF.mean(axis=(1, 2))})
+    known = drift or DriftInfo(edges={}, shares={})
+    return DriftInfo(edges={**known.edges, **own.edges}, shares={**known.shares, **own.shares})
 
 
 def _report(info: "BundleInfo") -> None:

@@ -25,6 +25,7 @@ from bt_core.ensemble.calibration import (
     fit_temperature,
 )
 from bt_core.ensemble.cascade import fit_cascade
+from bt_core.ensemble.drift import fit_drift
 from bt_core.ensemble.review import Decisions, decide, fit_review
 from bt_core.ensemble.weights import Method, choose_weights
 from bt_core.errors import UsageError
@@ -152,7 +153,8 @@ def calibrate(
             alone, decisions, scans.labels_N, scans.family_N, space, options.max_disagreement
         )
     metrics = _metrics(probs_NK, scans.labels_N, decisions)
-    return info.model_copy(update={"metrics": metrics, "cascade": cascade})
+    drift = fit_drift({"confidence": decisions.confidence_N})
+    return info.model_copy(update={"metrics": metrics, "cascade": cascade, "drift": drift})
 
 
 def _fit_subset(

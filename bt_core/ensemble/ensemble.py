@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 
 from bt_core import storage
 from bt_core.ensemble.calibration import Calibration, calibration_of
@@ -102,6 +103,23 @@ class Ensemble:
                 answer["features"] = features_D
         gates = gates or [""] * len(answers)
         return self._in_context(answers, pixels, pixel_sha256, gates, features_BD)
+
+    def votes(self, pixels: Sequence[np.ndarray]) -> list[dict[str, dict[str, float]]]:
+        """Return what each member says by itself: tempered probabilities by its name and by class.
+
+        Args:
+            pixels: as `answer` takes them.
+        """
+        logits_MBK = np.float64(self.predictor.logits(pixels))
+        temperatures = np.array(self._whole.temperatures)[:, None, None]
+        probs_BMK = softmax(logits_MBK / temperatures, axis=2).swapaxes(0, 1)
+        return [
+            {
+                member: dict(zip(self._space.names, probs_K.tolist(), strict=True))
+                for member, probs_K in zip(self._whole.members, probs_MK, strict=True)
+            }
+            for probs_MK in probs_BMK
+        ]
 
     @property
     def _space(self) -> LabelSpace:

@@ -1,16 +1,19 @@
 """Score rows: what batch scoring writes, one row for each scan, nothing dropped."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Protocol, Self
 
+import numpy as np
 import pyarrow as pa
 
 from bt_core.ensemble.ensemble import Ensemble, preprocess_digest
 from bt_core.ensemble.review import of_frame
 from bt_core.errors import BundleError, status_of
 from bt_core.labels import LabelSpace
-from bt_core.models.bundle import Bundle
+from bt_core.models.bundle import Bundle, BundleInfo
 from bt_core.scans.gate import GATE_REJECTS
+from bt_core.scans.preprocess import PreprocessSpec
 
 STATUSES: Final = ("scored", "deferred", "rejected", "failed")
 
@@ -56,6 +59,21 @@ def refusals(columns: dict[str, Any]) -> list[str]:
     return [str(reason) or (str(gate) if gate in GATE_REJECTS else "") for reason, gate in pairs]
 
 
+class Answers(Protocol):
+    """What a scorer asks: an `Ensemble`, or one that is elsewhere."""
+
+    info: BundleInfo
+
+    @property
+    def specs(self) -> tuple[PreprocessSpec, ...]:
+        """The preprocessing specs with distinct pixels."""
+
+    def answer(
+        self, pixels: Sequence[np.ndarray], pixel_sha256: Sequence[str], gates: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Return one answer per scan, as `Ensemble.answer` does."""
+
+
 class Scorer:
     """Callable for an actor pool: decoded columns in, score rows out. The model is loaded once.
 
@@ -71,6 +89,8 @@ class Scorer:
         BundleError: if a member cannot answer that is needed: by the quorum, or in depth any.
     """
 
+    _schema: pa.Schema
+
     def __init__(
         self,
         bundle_location: str,
@@ -80,15 +100,26 @@ class Scorer:
         cascade: bool = True,
     ) -> None:
         bundle = Bundle(bundle_location)
-        self._ensemble = Ensemble(bundle, device, num_threads, cascade and not in_depth, in_depth)
+        ensemble = Ensemble(bundle, device, num_threads, cascade and not in_depth, in_depth)
         if in_depth and bundle.unusable:
             raise BundleError(" ".join(bundle.unusable.values()))
-        self._schema = score_schema(self._ensemble.info.label_space)
+        self._ask(ensemble)
         if in_depth:
             numbers = pa.list_(pa.float32())
             self._schema = self._schema.append(pa.field("logits", pa.list_(numbers)))
             self._schema = self._schema.append(pa.field("features", numbers))
-        self._preprocess_digest = preprocess_digest(self._ensemble.info)
+
+    @classmethod
+    def asking(cls, ensemble: Answers) -> Self:
+        """Return a scorer that asks something else than an ensemble of its own."""
+        scorer = cls.__new__(cls)
+        scorer._ask(ensemble)
+        return scorer
+
+    def _ask(self, ensemble: Answers) -> None:
+        self._ensemble = ensemble
+        self._schema = score_schema(ensemble.info.label_space)
+        self._preprocess_digest = preprocess_digest(ensemble.info)
 
     def __call__(self, columns: dict[str, Any]) -> pa.Table:
         """Return one score row for each decoded row; those with a reason skip the model."""

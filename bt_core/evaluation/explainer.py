@@ -60,8 +60,15 @@ class Explainer:
     """
 
     def __init__(self, bundle_location: str, device: str, num_threads: int) -> None:
-        self._ensemble = Ensemble(Bundle(bundle_location), device, num_threads)
-        self._shuffled = [shuffled(model, seed=0) for model in self._ensemble.predictor.models]
+        self.ensemble = Ensemble(Bundle(bundle_location), device, num_threads)
+        self._shuffled = [shuffled(model, seed=0) for model in self.ensemble.predictor.models]
+
+    @property
+    def drawn_members(self) -> list[str]:
+        """Names of the members that the map is the mean of: they see the picture as the first."""
+        members = self.ensemble.predictor.members
+        geometry = _geometry(members[0].preprocess)
+        return [m.name for m in members if _geometry(m.preprocess) == geometry]
 
     def __call__(self, columns: dict[str, Any]) -> pa.Table:
         """Return one row for each decoded row; what may not or cannot be drawn has no map."""
@@ -79,9 +86,9 @@ class Explainer:
         ]
         good = [i for i, reason in enumerate(reasons) if not reason]
         if good:
-            pixels = [columns[f"pixels_{i}"][good] for i in range(len(self._ensemble.specs))]
+            pixels = [columns[f"pixels_{i}"][good] for i in range(len(self.ensemble.specs))]
             digests, gates = ([str(columns[n][i]) for i in good] for n in ("pixel_sha256", "gate"))
-            found = self._ensemble.answer(pixels, digests, gates)
+            found = self.ensemble.answer(pixels, digests, gates)
             answers = [
                 of_frame(answer, int(columns["frame_index"][i]), int(columns["num_frames"][i]))
                 for i, answer in zip(good, found, strict=True)
@@ -99,10 +106,10 @@ class Explainer:
             pixels: for each of the ensemble's specs, pixels_BSS uint8 of the same B scans.
             answers: B answers of the ensemble, to be explained.
         """
-        names = self._ensemble.info.label_space.names
+        names = self.ensemble.info.label_space.names
         classes_B = torch.tensor([names.index(a["predicted_label"]) for a in answers])
         heat_BSS, methods, figures = self._judged_maps(pixels, classes_B)
-        shown_BSS = pixels[self._ensemble.predictor.spec_of[0]]
+        shown_BSS = pixels[self.ensemble.predictor.spec_of[0]]
         return [
             {
                 **{n: answer[n] for n in ("status", "reason", "predicted_label", "confidence")},
@@ -123,19 +130,19 @@ class Explainer:
         Figures are means over the members by their weights. The map that is drawn is the mean over
         the members that see the picture cut out and fitted as the first one does.
         """
-        predictor, members = self._ensemble.predictor, self._ensemble.predictor.members
+        predictor, members = self.ensemble.predictor, self.ensemble.predictor.members
         classes_B = classes_B.to(predictor.device)
         total = {name: np.zeros(len(classes_B)) for name in FIGURES}
         drawn_BSS, methods = torch.zeros(pixels[predictor.spec_of[0]].shape), []
-        geometry = _geometry(members[0].preprocess)
+        drawn = self.drawn_members
         inputs = predictor.inputs(pixels)
-        shares = self._ensemble.shares
+        shares = self.ensemble.shares
         for m, (member, model) in enumerate(zip(members, predictor.models, strict=True)):
             heat, method = heat_maps(model, inputs[m], classes_B)
             own = pixels[predictor.spec_of[m]]
             for name, values_B in self._judge(m, inputs[m], heat, classes_B, own).items():
                 total[name] += shares[m] * values_B
-            if _geometry(member.preprocess) == geometry:
+            if member.name in drawn:
                 side = drawn_BSS.shape[-1]
                 fitted = functional.interpolate(heat[:, None].cpu(), (side, side), mode="bilinear")
                 drawn_BSS += shares[m] * fitted[:, 0]
@@ -153,7 +160,7 @@ class Explainer:
         pixels_BSS: np.ndarray,
     ) -> dict[str, np.ndarray]:
         """Return the figures of one member's maps."""
-        model = self._ensemble.predictor.models[member]
+        model = self.ensemble.predictor.models[member]
         other = self._shuffled[member]
         inside_BSS = torch.from_numpy(np.stack([head_mask(image_SS) for image_SS in pixels_BSS]))
         deletion_B, insertion_B = deletion_and_insertion(model, images_BCSS, heat_BSS, classes_B)

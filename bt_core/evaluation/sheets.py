@@ -98,7 +98,7 @@ def overlay_png(row: Mapping[str, Any]) -> bytes:
     """Draw a row of `explainer.SCHEMA`: the scan as the model sees it, and with its heat map."""
     figure = Figure(figsize=(7, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.imshow(_square(row, "image"), cmap="gray", vmin=0, vmax=255)
+    left.imshow(square(row, "image"), cmap="gray", vmin=0, vmax=255)
     left.set_axis_off()
     _draw_overlay(right, row)
     figure.suptitle(
@@ -108,6 +108,11 @@ def overlay_png(row: Mapping[str, Any]) -> bytes:
         fontsize=9,
     )
     return figure_png(figure)
+
+
+def square(row: Mapping[str, Any], name: str) -> np.ndarray:
+    """Return `image` or `heat` of a row of `explainer.SCHEMA`, picture_SS uint8."""
+    return np.frombuffer(row[name], np.uint8).reshape(row["size_px"], row["size_px"])
 
 
 def sheet_png(rows: Sequence[Mapping[str, Any]], label_of: Mapping[str, str]) -> bytes:
@@ -143,11 +148,7 @@ def sheets(
 
 
 def _draw_overlay(axes: Axes, row: Mapping[str, Any]) -> None:
-    heat_SS = _square(row, "heat") / 255
-    axes.imshow(_square(row, "image"), cmap="gray", vmin=0, vmax=255)
+    heat_SS = square(row, "heat") / 255
+    axes.imshow(square(row, "image"), cmap="gray", vmin=0, vmax=255)
     axes.imshow(heat_SS, cmap="inferno", vmin=0, vmax=1, alpha=0.65 * heat_SS)
     axes.set_axis_off()
-
-
-def _square(row: Mapping[str, Any], name: str) -> np.ndarray:
-    return np.frombuffer(row[name], np.uint8).reshape(row["size_px"], row["size_px"])

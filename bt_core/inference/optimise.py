@@ -158,7 +158,8 @@ class _Contest:
         try:
             files = self._exporter.files(info.exports)
             began = time.perf_counter()
-            runtime = start(self._classifier, self._preprocessor, info, files)
+            load, device = (lambda: self._classifier), torch.device("cpu")
+            runtime = start(load, self._preprocessor, info, files, device)
         except UnavailableError as error:
             row.why_not = _without_paths(str(error))
             return None

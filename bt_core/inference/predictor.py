@@ -3,14 +3,21 @@
 Shape suffixes: M members, B batch, S side, K classes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 import torch
 
 from bt_core.errors import BundleError
-from bt_core.inference.runtime import Runtime, TorchRuntime, golden_probs, load_runtime
+from bt_core.inference.runtime import (
+    Runtime,
+    TorchRuntime,
+    golden_probs,
+    largest_change,
+    load_runtime,
+)
 from bt_core.log import logger
 from bt_core.models.bundle import Bundle, BundleInfo, MemberInfo
 from bt_core.models.classifier import Classifier, rebuild_classifier
@@ -40,7 +47,7 @@ class Predictor:
         torch.set_num_threads(num_threads)
         self.device = torch.device(device)
         self._preprocessors: list[Preprocessor] = []
-        self.models: list[Classifier] = []
+        self._loaders: list[Callable[[], Classifier]] = []
         self.runtimes: list[Runtime] = []
         for member in bundle.usable():
             try:
@@ -57,6 +64,11 @@ class Predictor:
         self.spec_of = tuple(of[m.name] for m in self.members)
         self.thumbnail = places[-1]
         """Place among `specs` of the thumbnail that the training index takes."""
+
+    @property
+    def models(self) -> list[Classifier]:
+        """The members' classifiers, on the device; those that run as an export load now."""
+        return [load() for load in self._loaders]
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -77,10 +89,15 @@ class Predictor:
                 f"member {member.name}: this host preprocesses the golden image differently "
                 "from the one that trained it; install the versions of requirements.lock"
             )
-        model = bundle.load_member(member).to(self.device)
-        _check_golden(member, TorchRuntime(model, preprocessor))
-        self.runtimes.append(load_runtime(bundle, member, model, preprocessor))
-        self.models.append(model)
+
+        @functools.cache
+        def load() -> Classifier:
+            model = bundle.load_member(member).to(self.device)
+            _check_golden(member, TorchRuntime(model, preprocessor))
+            return model
+
+        self.runtimes.append(load_runtime(bundle, member, preprocessor, load, self.device))
+        self._loaders.append(load)
         self._preprocessors.append(preprocessor)
 
     def logits(
@@ -117,7 +134,7 @@ def _check_golden(member: MemberInfo, reference: TorchRuntime) -> None:
     if not member.golden_probs:
         return
     told = golden_probs(reference, member.preprocess, member.temperature)
-    change = np.nan_to_num(np.abs(told - np.array(member.golden_probs)), nan=1.0).max()
+    change = largest_change(told, np.array(member.golden_probs))
     if change > _GOLDEN_TOLERANCE:
         raise BundleError(
             f"member {member.name}: on this host a probability of the golden picture is "

@@ -149,25 +149,32 @@ def in_batches(
 def load_runtime(
     bundle: Bundle,
     member: MemberInfo,
-    classifier: Classifier,
     preprocessor: Preprocessor,
+    load: Callable[[], Classifier],
+    device: torch.device,
 ) -> Runtime:
     """Return the runtime that the bundle chose for a member, or the reference, and say so.
 
     Args:
         bundle: holds exported files.
         member: says which runtime.
-        classifier: the member's, on its device.
         preprocessor: the member's.
+        load: gives the member's classifier on the device; not asked where an export does without.
+        device: that the members are on.
     """
     wanted = member.runtime
     if wanted.kind == "torch":
-        return TorchRuntime(classifier, preprocessor, wanted.batch_size)
-    reference = TorchRuntime(classifier, preprocessor)
+        return TorchRuntime(load(), preprocessor, wanted.batch_size)
     try:
         files = {n: bundle.read(f"members/{member.name}/{n}") for n in wanted.exports}
-        runtime = start(classifier, preprocessor, wanted, files)
-        change = golden_change(runtime, reference, preprocessor.spec, member.temperature)
+        runtime = start(load, preprocessor, wanted, files, device)
+        known_BK = np.array(member.golden_probs)
+        if not len(known_BK):  # a bundle from before they were kept
+            reference = TorchRuntime(load(), preprocessor)
+            known_BK = golden_probs(reference, preprocessor.spec, member.temperature)
+        change = largest_change(
+            golden_probs(runtime, preprocessor.spec, member.temperature), known_BK
+        )
         if change > wanted.max_change:
             raise UnavailableError(
                 f"on this host a probability of the golden picture is {change:.3f} from the "
@@ -178,45 +185,44 @@ def load_runtime(
             "member %s runs as torch fp32 instead of %s %s: %s",
             member.name, wanted.kind, wanted.precision, error,
         )  # fmt: skip
-        reference.fallback = str(error)
-        return reference
+        return TorchRuntime(load(), preprocessor, fallback=str(error))
     return runtime
 
 
 def start(
-    classifier: Classifier,
+    load: Callable[[], Classifier],
     preprocessor: Preprocessor,
     info: RuntimeInfo,
     files: Mapping[str, bytes],
+    device: torch.device,
 ) -> Runtime:
     """Return a runtime other than the reference, with as many threads as torch has.
 
     Args:
-        classifier: on its device, in evaluation mode.
+        load: gives the classifier on its device, in evaluation mode.
         preprocessor: the member's.
         info: what to start.
         files: content of its `exports`, by name.
+        device: that the members are on.
 
     Raises:
         UnavailableError: if this host cannot run it.
     """
     if info.exact_below:
         alone = info.model_copy(update={"exact_below": 0.0})
-        fast = start(classifier, preprocessor, alone, files)
-        exact: Runtime = TorchRuntime(classifier, preprocessor, info.batch_size)
+        fast = start(load, preprocessor, alone, files, device)
         if info.kind == "openvino":
             whole = alone.model_copy(update={"precision": "fp32"})
-            exact = start(classifier, preprocessor, whole, files)
-        return CheckedRuntime(fast, exact, info)
+            return CheckedRuntime(fast, start(load, preprocessor, whole, files, device), info)
+        return CheckedRuntime(fast, TorchRuntime(load(), preprocessor, info.batch_size), info)
     if info.kind == "compiled":
         from bt_core.inference.compiled_runtime import CompiledRuntime
 
-        return CompiledRuntime(classifier, preprocessor, info)
+        return CompiledRuntime(load(), preprocessor, info)
     from bt_core.inference.openvino_runtime import OpenVINORuntime
 
-    device = next(classifier.parameters()).device.type
-    if device != "cpu":
-        raise UnavailableError(f"OpenVINO runs on the CPU, and the members are on {device}")
+    if device.type != "cpu":
+        raise UnavailableError(f"OpenVINO runs on the CPU, and the members are on {device.type}")
     return OpenVINORuntime(files, preprocessor, info, torch.get_num_threads())
 
 
@@ -228,7 +234,12 @@ def golden_change(
     Of the golden picture; 1 if either gives what is no number.
     """
     one, other = (golden_probs(r, spec, temperature) for r in (runtime, reference))
-    return float(np.nan_to_num(np.abs(one - other), nan=1.0).max())
+    return largest_change(one, other)
+
+
+def largest_change(one_BK: np.ndarray, other_BK: np.ndarray) -> float:
+    """Return the largest difference of two arrays of probabilities; 1 where one is no number."""
+    return float(np.nan_to_num(np.abs(one_BK - other_BK), nan=1.0).max())
 
 
 def golden_probs(runtime: Runtime, spec: PreprocessSpec, temperature: float) -> np.ndarray:

@@ -124,6 +124,19 @@ class CascadeInfo(StrictModel):
     num_families: int
 
 
+class DriftInfo(StrictModel):
+    """How the validation scans are distributed, by quantity.
+
+    These are `confidence`, the calibrated one of the answer, and `intensity`, the mean grey of the
+    thumbnail (0 to 255).
+    """
+
+    edges: dict[str, tuple[float, ...]]
+    """Inner edges of the bins; a value on an edge is in the bin below it."""
+    shares: dict[str, tuple[float, ...]]
+    """Of the validation scans in each bin."""
+
+
 class BundleInfo(StrictModel):
     """Content of `bundle.json`."""
 
@@ -140,6 +153,7 @@ class BundleInfo(StrictModel):
     subsets: tuple[SubsetInfo, ...] = ()
     """Calibrations of every subset that the quorum allows, and of the first member."""
     cascade: CascadeInfo | None = None
+    drift: DriftInfo | None = None
     metrics: dict[str, Any]
     """Figures on the validation scans that calibration and review were fitted on."""
     provenance: dict[str, Any]

@@ -14,6 +14,8 @@ from bt_core import storage
 from bt_core.config import StrictModel
 from bt_core.scans.intensity import to_uint8
 
+Box = tuple[int, int, int, int]
+"""Left, top, width and height in pixels."""
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 _INTERPOLATIONS: Final = {
@@ -102,6 +104,19 @@ def preprocess_pixels(image_HW: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
     size = (spec.size_px, spec.size_px)
     image_SS: np.ndarray = cv2.resize(image_HW, size, interpolation=method)
     return image_SS
+
+
+def seen_box(image_HW: np.ndarray, spec: PreprocessSpec) -> Box:
+    """Return what of a decoded image `preprocess_pixels` shows; padding lies outside of it."""
+    left, top, width, height = 0, 0, image_HW.shape[1], image_HW.shape[0]
+    contour = _head_contour(image_HW) if spec.crop_to_head else None
+    if contour is not None:
+        left, top, width, height = cv2.boundingRect(contour)
+    if spec.fit == "pad":
+        side = max(width, height)
+        left, top = left - (side - width) // 2, top - (side - height) // 2
+        width = height = side
+    return left, top, width, height
 
 
 def crop_to_head(image_HW: np.ndarray) -> np.ndarray:

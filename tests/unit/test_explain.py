@@ -151,11 +151,11 @@ def test_members_that_see_another_cut_are_not_drawn_into_one_map(tmp_path):
         cut = second.preprocess.model_copy(update={"crop_to_head": crop})
         explainer = Explainer(str(tmp_path / name), "cpu", 1)
         members = (info.members[0], second.model_copy(update={"preprocess": cut}))
-        explainer._ensemble.predictor.members = members
+        explainer.ensemble.predictor.members = members
         heats[name] = explainer._judged_maps(pixels, classes)[0]
     one = Explainer(str(tmp_path / "other"), "cpu", 1)
     alone, _ = heat_maps(
-        one._ensemble.predictor.models[0], one._ensemble.predictor.inputs(pixels)[0], classes
+        one.ensemble.predictor.models[0], one.ensemble.predictor.inputs(pixels)[0], classes
     )  # fmt: skip
     assert np.abs(heats["other"] - (alone * 255).numpy()).max() <= 1
     assert (heats["same"] != heats["other"]).any()

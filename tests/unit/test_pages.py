@@ -6,12 +6,10 @@ Needs Debian's chromium; Playwright drives it and downloads none of its own.
 import io
 import itertools
 import re
-import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from tests.unit import sample_pages
 
@@ -71,19 +69,6 @@ def folder(tmp_path_factory):
     sample_pages.write_audit_page(out)
     sample_pages.write_leaderboard_page(out)
     return out
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which("chromium")
-    if path is None:  # a failure: what is skipped in silence goes untested for good
-        pytest.fail("the pages are opened in a browser: apt-get install chromium")
-    with sync_playwright() as playwright:
-        # Playwright starts it without Chromium's sandbox unless told otherwise. Root, which
-        # containers run tests as, cannot have one; and these pages are ours.
-        browser = playwright.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
 
 
 class Opened:

@@ -62,6 +62,11 @@ KINDS = {
 }
 
 
+def started(classifier, preprocessor, info, files):
+    device = next(classifier.parameters()).device
+    return start(lambda: classifier, preprocessor, info, files, device)
+
+
 def member_of(kind):
     torch.manual_seed(0)
     classifier, _, preprocess = build_classifier(*KINDS[kind], 4)
@@ -78,7 +83,7 @@ def openvino_of(classifier, preprocessor, precision="fp32", batch_size=4):
     if precision == "int8":
         model = quantize(model, scans_of(preprocessor, 12, seed=9), preprocessor)
     info = RuntimeInfo(kind="openvino", precision=precision, batch_size=batch_size)
-    return start(classifier, preprocessor, info, files_of(model, info.exports))
+    return started(classifier, preprocessor, info, files_of(model, info.exports))
 
 
 def assert_same_alone_and_among_others(runtime, scans):
@@ -139,7 +144,7 @@ def test_a_compiled_member_equals_the_reference(precision):
     info = RuntimeInfo(kind="compiled", precision=precision)
     if precision == "bf16" and not _cpu_has_bf16():
         pytest.skip("this CPU has no bf16 instructions")
-    runtime = start(classifier, preprocessor, info, {})
+    runtime = started(classifier, preprocessor, info, {})
     scans = scans_of(preprocessor, 6)
     wanted = TorchRuntime(classifier, preprocessor).run(scans)
     tolerance = 1e-4 if precision == "fp32" else 0.02
@@ -260,7 +265,7 @@ def test_a_host_whose_golden_picture_comes_out_otherwise_runs_the_reference(tmp_
 def test_openvino_is_not_for_gpus(monkeypatch):
     classifier, preprocessor = member_of("from scratch")
     with pytest.raises(UnavailableError, match="OpenVINO runs on the CPU"):
-        start(classifier.to("meta"), preprocessor, RuntimeInfo(kind="openvino"), {})
+        started(classifier.to("meta"), preprocessor, RuntimeInfo(kind="openvino"), {})
 
 
 def test_figures_are_of_tempered_probabilities():
@@ -300,10 +305,12 @@ def test_doubtful_answers_are_the_ones_of_float32(precision):
     if precision == "int8":
         files |= files_of(quantize(model, scans, preprocessor), INT8_EXPORTS)
     info = RuntimeInfo(kind="openvino", precision=precision)
-    fast = start(classifier, preprocessor, info, files)
-    exact = start(classifier, preprocessor, RuntimeInfo(kind="openvino"), files)
+    fast = started(classifier, preprocessor, info, files)
+    exact = started(classifier, preprocessor, RuntimeInfo(kind="openvino"), files)
     sure = float(np.median(confidence(fast.run(scans)[0])))
-    checked = start(classifier, preprocessor, info.model_copy(update={"exact_below": sure}), files)
+    checked = started(
+        classifier, preprocessor, info.model_copy(update={"exact_below": sure}), files
+    )
     doubtful = confidence(fast.run(scans)[0]) < sure
     assert 0 < doubtful.sum() < len(scans)
     for got, quick, right in zip(*(r.run(scans) for r in (checked, fast, exact)), strict=True):
