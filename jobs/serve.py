@@ -1,41 +1,141 @@
 """`bt serve`: a bundle answers over HTTP on this machine."""
 
+import errno
+import os
 import signal
 import threading
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bt_core import storage
 from bt_core.errors import EXIT_OK, UsageError
 from jobs.command import BundleArgument, DeviceOption
+
+if TYPE_CHECKING:
+    from bt_core.models.bundle import Bundle
 
 
 def run(
     bundle: BundleArgument,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="On 127.0.0.1.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="To listen on.")] = 8000,
+    host: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="To listen on; others than this machine's need "
+            "--keys and --audit, and a TLS proxy in front.",
+        ),
+    ] = "127.0.0.1",
+    keys: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Who may ask; bt keys add makes it.")
+    ] = None,
+    audit: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder for the log of who asked for what.")
+    ] = None,
+    scans_per_minute: Annotated[
+        int, typer.Option(min=0, help="Most that one key may send; 0: any number.")
+    ] = 0,
     device: DeviceOption = "auto",
+    shadow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BUNDLE",
+            help="Another bundle that answers a share of the scans, too; where it disagrees is "
+            "logged, and told to no client.",
+        ),
+    ] = None,
+    shadow_share: Annotated[
+        float, typer.Option(min=0.0001, max=1.0, help="Of the scans that the shadow gets.")
+    ] = 0.05,
+    swap: Annotated[
+        bool,
+        typer.Option(
+            "--swap",
+            help="Let this bundle answer in place of the one that a bt serve on the cluster of "
+            "RAY_ADDRESS hosts, without a request that fails. If it cannot be loaded, nothing "
+            "changes.",
+        ),
+    ] = False,
+    scoring_sources: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scoring-source",
+            metavar="PREFIX",
+            help="Folder or URI from which POST /v1/scoring-jobs may read. May be repeated.",
+        ),
+    ] = None,
+    scoring_outputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scoring-output",
+            metavar="PREFIX",
+            help="Folder or URI below which these jobs may write. May be repeated.",
+        ),
+    ] = None,
 ) -> int:
     """Host a bundle with Ray Serve until Ctrl-C: POST /v1/predictions, docs under /docs."""
+    from bt_core.config import parse
     from bt_core.models.bundle import Bundle
     from cluster.session import choose_device, session
+    from serve.access import check_exposure
+    from serve.keys import read_keys
+    from serve.settings import ServeSettings
 
     opened = Bundle(bundle)
-    _check_port(port)
-    with session() as resources:
+    if swap:
+        return _swap(opened, device, shadow)
+    if bool(scoring_sources) != bool(scoring_outputs):
+        raise UsageError("give both --scoring-source and --scoring-output, or neither")
+    shadow_bundle = Bundle(shadow) if shadow else None
+    given = {
+        "keys": keys and os.path.abspath(keys),
+        "audit_dir": audit and os.path.abspath(audit),
+        "max_scans_per_minute": scans_per_minute,
+        "scoring_sources": tuple(map(storage.absolute, scoring_sources or ())),
+        "scoring_outputs": tuple(map(storage.absolute, scoring_outputs or ())),
+    }
+    settings = parse(ServeSettings, {"bundle": opened.location, **given}, "bt serve")
+    if settings.keys is not None:
+        read_keys(settings.keys)
+    check_exposure(host, settings)
+    _check_port(host, port)
+    with session(dashboard=bool(scoring_sources)) as resources:
+        import ray
         from ray import serve
 
         from serve.app import start
-        from serve.settings import ServeSettings
+        from serve.settings import EnsembleSettings
 
         chosen = choose_device(device, resources)
-        settings = ServeSettings(bundle=opened.location, device=chosen)
+        settings = settings.model_copy(update={"device": chosen})
+        beside = None
+        if shadow_bundle is not None:
+            beside = EnsembleSettings(bundle=shadow_bundle.location, device=chosen)
+        url = start(settings, port, host, beside, shadow_share)
         try:
-            url = start(settings, port)
             print(f"bundle {opened.info.bundle_id} answers at {url} (API docs: {url}/docs)")
+            address = ray.get_runtime_context().gcs_address
+            print(f"another bundle: RAY_ADDRESS={address} bt serve BUNDLE --swap")
             print("Ctrl-C stops it", flush=True)
             _wait_for_stop()
         finally:
             serve.shutdown()
+    return EXIT_OK
+
+
+def _swap(bundle: "Bundle", device: str, shadow: str | None) -> int:
+    from cluster.session import choose_device, session
+
+    if shadow:
+        raise UsageError("--shadow is for a new bt serve; leave it or --swap out")
+    with session() as resources:
+        from serve.app import swap
+        from serve.settings import EnsembleSettings
+
+        chosen = choose_device(device, resources)
+        before, after = swap(EnsembleSettings(bundle=bundle.location, device=chosen))
+    print(f"bundle {after} answers in place of {before}")
     return EXIT_OK
 
 
@@ -46,15 +146,18 @@ def _wait_for_stop() -> None:
     stopped.wait()
 
 
-def _check_port(port: int) -> None:
+def _check_port(host: str, port: int) -> None:
     import socket
 
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
-            raise UsageError(f"--port {port} is taken; choose another") from error
+            if error.errno == errno.EADDRINUSE:
+                raise UsageError(f"--port {port} is taken; choose another") from error
+            why = error.strerror or str(error)
+            raise UsageError(f"cannot listen on --host {host} --port {port}: {why}") from error
 
 
 if __name__ == "__main__":

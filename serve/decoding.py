@@ -2,8 +2,10 @@
 
 import asyncio
 import multiprocessing
+import signal
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -14,18 +16,40 @@ from bt_core.errors import ScanError
 from bt_core.scans.decoded import MAX_DECODE_BYTES
 from bt_core.scans.formats import decode_scan
 from bt_core.scans.gate import gate
-from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels
+from bt_core.scans.preprocess import Box, PreprocessSpec, preprocess_pixels, seen_box
+from bt_core.scans.views import png, reduced
 
+TRIES: Final = 2
+"""How often an upload is decoded whose process ends, or is said to have."""
+_GRACE_SECONDS: Final = 5.0
 MAX_SECONDS: Final = 20.0
 """An upload that takes longer to decode is refused; below Serve's time-out of a request."""
 
-Decoded = tuple[list[np.ndarray], str, tuple[int, int], str]
-"""Pixels_SS uint8 for each spec, the pixel digest, which frame of how many, and what the input gate
-says (see `scans.gate`)."""
+
+@dataclass(frozen=True)
+class Shown:
+    """How a decoded scan is shown to a person.
+
+    Attributes:
+        png: it, `views.reduced`.
+        shape: its height and width in pixels before that.
+        boxes: what of it the pixels of each spec show.
+    """
+
+    png: bytes
+    shape: tuple[int, int]
+    boxes: tuple[Box, ...]
 
 
-def decode_upload(content: bytes, hint: str, specs: Sequence[PreprocessSpec]) -> Decoded:
-    """Return an uploaded scan decoded and preprocessed.
+Decoded = tuple[list[np.ndarray], str, tuple[int, int], str, Shown | None]
+"""Pixels_SS uint8 for each spec, the pixel digest, which frame of how many, what the input gate
+says (see `scans.gate`), and the picture, if it was asked for."""
+
+
+def decode_upload(
+    content: bytes, hint: str, specs: Sequence[PreprocessSpec], show: bool = False
+) -> Decoded:
+    """Return an uploaded scan decoded and preprocessed; `show` asks for its picture too.
 
     Raises:
         ScanError: with a reason code, if it is not a scan that can be used.
@@ -33,7 +57,12 @@ def decode_upload(content: bytes, hint: str, specs: Sequence[PreprocessSpec]) ->
     scan = decode_scan(content, hint)
     pixels = [preprocess_pixels(scan.image_HW, spec) for spec in specs]
     frame = scan.frame_index, scan.num_frames
-    return pixels, pixel_digest(scan.image_HW), frame, gate(scan)
+    shown = None
+    if show:
+        height, width = scan.image_HW.shape
+        boxes = tuple(seen_box(scan.image_HW, spec) for spec in specs)
+        shown = Shown(png(reduced(scan.image_HW)), (height, width), boxes)
+    return pixels, pixel_digest(scan.image_HW), frame, gate(scan), shown
 
 
 class UploadDecoder:
@@ -55,35 +84,55 @@ class UploadDecoder:
         self._num_processes = num_processes
         self._pool = self._new_pool()
         for _ in range(num_processes):  # so that the first upload does not wait for their imports
-            self._pool.schedule(_attempt, args=(b"", "", (), self._limits))
+            self._pool.schedule(_attempt, args=(b"", "", (), False, self._limits))
 
-    async def decode(self, content: bytes, hint: str, specs: tuple[PreprocessSpec, ...]) -> Decoded:
+    async def decode(
+        self, content: bytes, hint: str, specs: tuple[PreprocessSpec, ...], show: bool = False
+    ) -> Decoded:
         """Do what `decode_upload` does, within bounds of memory and time.
 
         Raises:
             ScanError: as `decode_upload`, or `decoder_crashed`.
         """
-        try:
-            outcome = await self._ask(content, hint, specs)
-        except BrokenProcessPool:  # a process was killed between two files, and the pool with it
-            outcome = await self._ask(content, hint, specs)
-        if isinstance(outcome, ScanError):
-            raise outcome
-        return outcome
+        for _ in range(TRIES):
+            # When a process dies, pebble may not have read yet that it was done with one file and
+            # had begun another: then the wrong one is blamed, or the pool given up.
+            try:
+                outcome = await self._ask(content, hint, specs, show)
+            except TimeoutError:
+                break
+            except ProcessExpired as error:
+                if error.exitcode == -signal.SIGALRM:  # it took too long, and would again
+                    break
+            except BrokenProcessPool:
+                pass
+            else:
+                if isinstance(outcome, ScanError):
+                    raise outcome
+                return outcome
+        raise ScanError("decoder_crashed")
 
     async def _ask(
-        self, content: bytes, hint: str, specs: tuple[PreprocessSpec, ...]
+        self, content: bytes, hint: str, specs: tuple[PreprocessSpec, ...], show: bool
     ) -> Decoded | ScanError:
         if not self._pool.active:
             self.close()
             self._pool = self._new_pool()
-        task = self._pool.schedule(_attempt, args=(content, hint, specs, self._limits))
+        task = self._pool.schedule(
+            _attempt,
+            args=(content, hint, specs, show, self._limits),
+            # Later than the process ends itself: for one that pebble takes to be still at work.
+            timeout=self._limits[1] + _GRACE_SECONDS,
+        )
         future = asyncio.wrap_future(task)
         future.add_done_callback(_retrieve)
-        try:  # shielded: pebble would end the process of a client that hangs up
+        # Shielded: pebble would end the process of a client that hangs up.
+        try:
             outcome: Decoded | ScanError = await asyncio.shield(future)
-        except ProcessExpired:
-            return ScanError("decoder_crashed")
+        except asyncio.CancelledError:
+            if not task.running():  # nobody waits for what has not begun
+                task.cancel()  # type: ignore[no-untyped-call]
+            raise
         return outcome
 
     def _new_pool(self) -> ProcessPool:
@@ -104,10 +153,14 @@ def _retrieve(future: "asyncio.Future[Decoded | ScanError]") -> None:
 
 
 def _attempt(
-    content: bytes, hint: str, specs: Sequence[PreprocessSpec], limits: tuple[int, float]
+    content: bytes,
+    hint: str,
+    specs: Sequence[PreprocessSpec],
+    show: bool,
+    limits: tuple[int, float],
 ) -> Decoded | ScanError:
     try:
         with bounded(*limits):
-            return decode_upload(content, hint, specs)
+            return decode_upload(content, hint, specs, show)
     except ScanError as error:  # as a value: pebble would hang a traceback's text on it
         return ScanError(error.reason, error.detail)

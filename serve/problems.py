@@ -1,5 +1,6 @@
 """Errors over HTTP: RFC 9457 problem documents, without paths, stacks or file content."""
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Final
 
@@ -12,7 +13,6 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bt_core.errors import REASONS
-from bt_core.log import logger
 from serve.schemas import Problem
 
 HTTP_OF_REASON: Final[dict[str, int]] = {reason: 422 for reason in REASONS} | {
@@ -24,12 +24,19 @@ HTTP_OF_REASON: Final[dict[str, int]] = {reason: 422 for reason in REASONS} | {
 """Status of each reason code; what is not listed otherwise is 422."""
 
 
-def problem(status: int, code: str, detail: str) -> JSONResponse:
+def problem(
+    status: int, code: str, detail: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     """Return a problem document; `code` is stable and meant for programs."""
-    content = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail, code=code)
-    headers = {"Retry-After": "1"} if status == 503 else None
+    content = Problem(
+        title=HTTPStatus(status).phrase, status=status, detail=detail, code=code, error=detail
+    )
+    retry = {"Retry-After": "1"} if status == 503 else {}
     return JSONResponse(
-        content.model_dump(), status, headers=headers, media_type="application/problem+json"
+        content.model_dump(),
+        status,
+        headers={**retry, **(headers or {})},
+        media_type="application/problem+json",
     )
 
 
@@ -51,25 +58,20 @@ class DeclaredLengthLimit:
 
 
 def install_problems(api: FastAPI, max_body_size: int) -> None:
-    """Make every error of an app a problem document, and limit request bodies."""
+    """Make every foreseen error of an app a problem document, and limit request bodies."""
 
     @api.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 413:
             return problem(413, "body_too_large", _limit_text(max_body_size))
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-        return problem(error.status_code, code, str(error.detail))
+        code = "overloaded" if error.status_code == 503 else code
+        return problem(error.status_code, code, str(error.detail), error.headers)
 
     @api.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         return problem(422, "invalid_request", faults)
-
-    @api.exception_handler(Exception)
-    async def _unforeseen(_: Request, error: Exception) -> JSONResponse:
-        # The type only: the text of an error may quote what was sent.
-        logger.error("request failed: %s", type(error).__name__)
-        return problem(500, "internal_error", "the request failed inside the server")
 
     # The outermost is added last. Starlette's limit counts bodies of no declared length.
     api.add_middleware(RequestBodyLimitMiddleware, max_body_size=max_body_size)

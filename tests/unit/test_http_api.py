@@ -6,50 +6,22 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from bt_core.ensemble.ensemble import Ensemble
-from bt_core.models.bundle import Bundle
-from bt_core.scans.phantom import encode_picture, phantom_slice
 from serve.api import build_api
-from serve.service import HostedBundle, OverloadedError, Service
+from serve.hosted import OverloadedError
+from serve.service import Service
 from serve.settings import ServeSettings
+from tests.hosted import SCANS, LocalBundle, files
 from tests.scan_files import deadly_dicom
 from tests.tiny_bundle import make_bundle
 
-SCANS = [
-    encode_picture(phantom_slice(name, 1, 96), ".png")
-    for name in ("glioma", "meningioma", "pituitary")
-]
 BAD = b"no scan at all"
-
-
-class Slow:
-    """An ensemble in this process that can be held up, and can be out of reach."""
-
-    def __init__(self, location):
-        bundle = Bundle(location)
-        self._ensemble = Ensemble(bundle)
-        self.hosted = HostedBundle(bundle.info, self.predict, self.loaded_id)
-        self.is_there = True
-        self.seconds = 0.0
-
-    async def predict(self, scan):
-        await asyncio.sleep(self.seconds)
-        if not self.is_there:
-            raise OverloadedError
-        pixels, digest, gate = scan
-        return self._ensemble.answer([p[None] for p in pixels], [digest], [gate])[0]
-
-    async def loaded_id(self):
-        if not self.is_there:
-            raise OverloadedError
-        return self.hosted.info.bundle_id
 
 
 @pytest.fixture(scope="module")
 def ensemble(tmp_path_factory):
     location = str(tmp_path_factory.mktemp("serve") / "bundle")
     make_bundle(location, sizes=(32,))
-    return Slow(location)
+    return LocalBundle(location)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +36,6 @@ def service(ensemble):
 def client(service):
     with TestClient(build_api(service), raise_server_exceptions=False) as client:
         yield client
-
-
-def files(*contents):
-    return [("files", (f"scan{i}", content)) for i, content in enumerate(contents)]
 
 
 def test_one_scan_as_body_or_file_gets_the_same_answer(client):
@@ -151,3 +119,57 @@ def test_every_answer_of_a_batch_is_its_own(client):
     together = client.post("/v1/predictions", files=files(*(SCANS[i] for i in order))).json()
     for i, result in zip(order, together["results"], strict=True):
         assert result == client.post("/v1/predictions", content=SCANS[i]).json()["results"][0]
+
+
+def test_a_shadow_answers_for_nobody_and_its_disagreement_is_logged(
+    ensemble, service, tmp_path, lines
+):
+    make_bundle(tmp_path / "other", sizes=(48,), sure=True)
+    other = LocalBundle(str(tmp_path / "other"))
+    before = asyncio.run(service.answer_all([(SCANS[0], "")]))
+    service.host(ensemble.hosted, other.hosted, 1.0)
+
+    async def answered():
+        results = await service.answer_all([(SCANS[0], "")])
+        await asyncio.gather(*service._comparing)
+        return results
+
+    try:
+        assert asyncio.run(answered()) == before
+        told = f"shadow {other.hosted.info.bundle_id} "
+        assert told in lines.text
+        other.is_there = False
+        assert asyncio.run(answered()) == before
+        assert lines.text.count(told) == 1
+    finally:
+        service.host(ensemble.hosted, None, 0.0)
+
+
+EXPORTED = """# HELP ray_bt_scans_total Answered or refused.
+# TYPE ray_bt_scans_total counter
+ray_bt_scans_total{node="%s"} 3.0
+# HELP ray_node_mem_used Memory
+# TYPE ray_node_mem_used gauge
+ray_node_mem_used 1.0
+# HELP ray_bt_stage_seconds Of one scan.
+# TYPE ray_bt_stage_seconds histogram
+ray_bt_stage_seconds_bucket{le="0.1",node="%s"} 2.0
+ray_bt_stage_seconds_count{node="%s"} 2.0
+"""
+
+
+def test_metrics_of_several_nodes_are_one_text_with_each_head_once():
+    from serve.metrics import gathered
+
+    text = gathered([EXPORTED.replace("%s", name) for name in ("a", "b")])
+    assert text.count("# TYPE") == 2
+    assert "node_mem" not in text
+    lines = text.splitlines()
+    assert lines[:4] == [
+        "# HELP ray_bt_scans_total Answered or refused.",
+        "# TYPE ray_bt_scans_total counter",
+        'ray_bt_scans_total{node="a"} 3.0',
+        'ray_bt_scans_total{node="b"} 3.0',
+    ]
+    assert lines[5] == "# TYPE ray_bt_stage_seconds histogram"
+    assert len(lines) == 10

@@ -4,6 +4,7 @@
 both work offline and without boto3. Whether AWS has image and group, only `ray up` can tell.
 """
 
+import importlib
 import json
 import re
 import shlex
@@ -162,3 +163,22 @@ def test_sync_leaves_out_results_and_keeps_every_package(merged: Config) -> None
             # As rsync reads it: a leading slash binds the pattern to the top folder.
             candidates = parts[:1] if pattern.startswith("/") else parts
             assert not any(fnmatch(part, pattern.lstrip("/")) for part in candidates), pattern
+
+
+def test_the_serve_config_is_one_that_serve_deploy_takes_and_our_settings_validate():
+    from ray.serve.schema import ServeDeploySchema
+
+    from bt_core.config import parse
+    from serve.settings import EnsembleSettings, ServeSettings, Targets
+
+    text = yaml.safe_load((REPOSITORY / "cluster" / "serve_config.yaml").read_text())
+    config = ServeDeploySchema.model_validate(text)
+    ensemble, gateway = config.applications
+    parse(EnsembleSettings, ensemble.args, "ensemble")
+    parse(ServeSettings, gateway.args, "gateway")
+    (deployment,) = gateway.deployments
+    targets = parse(Targets, deployment.user_config, "targets")
+    assert targets.ensemble.app == ensemble.name
+    for application in config.applications:
+        module, name = application.import_path.split(":")
+        assert callable(getattr(importlib.import_module(module), name))
