@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -103,6 +104,22 @@ def chain(ray_session, tmp_path_factory):
     assert bt("evaluate", bundle, "--data", data, "-o", root / "report") == 0
     assert bt("score", bundle, archive, "-o", root / "scores") == 0
     return Chain(root, archive, data, runs, bundle, root / "report", root / "scores")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's chromium. Of a module, since its event loop would stand in the way of others'."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    if path is None:  # a failure: what is skipped in silence goes untested for good
+        pytest.fail("the pages are opened in a browser: apt-get install chromium")
+    with sync_playwright() as playwright:
+        # Playwright starts it without Chromium's sandbox unless told otherwise. Root, which
+        # containers run tests as, cannot have one; and these pages are ours.
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

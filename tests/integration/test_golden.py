@@ -1,5 +1,9 @@
 """One scan, three paths: training input, batch scoring and HTTP see the same tensor and agree."""
 
+import base64
+import io
+import re
+import time
 import zipfile
 
 import numpy as np
@@ -7,19 +11,21 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 import torch
+from PIL import Image
 
 from bt_core import storage
 from bt_core.data.catalog import Dataset
 from bt_core.data.decode_stage import DecodeStage
 from bt_core.ensemble.ensemble import Ensemble
 from bt_core.ensemble.scorer import Scorer
+from bt_core.evaluation.explainer import FIGURES, Explainer
 from bt_core.inference.predictor import Predictor, needed_specs
 from bt_core.models.bundle import Bundle
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.run import Run
 from bt_core.scans.archives import ScanRef, read_member
 from bt_core.scans.phantom import encode_picture, phantom_slice
-from serve.app import start
+from serve.app import GATEWAY, start
 from serve.decoding import decode_upload
 from serve.settings import ServeSettings
 from tests.scan_files import deadly_dicom
@@ -199,6 +205,47 @@ def test_the_service_describes_itself(service, chain):
     assert "example" in answers["200"]["content"]["application/json"]
     assert set(answers) >= {"200", "400", "413", "415", "422", "503"}
     assert requests.get(f"{service}/docs", timeout=60).status_code == 200
+
+
+def explained(url, content, **options):
+    """Ask for an explanation; again where the replica takes longer to start than a request may."""
+    for _ in range(20):
+        answer = requests.post(f"{url}/v1/explanations", data=content, timeout=60, **options)
+        if answer.status_code != 503:
+            return answer
+        assert (answer.json()["code"], answer.headers["retry-after"]) == ("overloaded", "1")
+        time.sleep(1)
+    pytest.fail("nothing is explained")
+
+
+def test_what_explains_is_started_when_it_is_asked_for(service, chain):
+    from ray import serve
+
+    content = encode_picture(phantom_slice("glioma", 1, 96), ".png")
+    own = serve.status().applications[GATEWAY].deployments["ExplainerDeployment"]
+    assert sum(own.replica_states.values()) == 0
+    answer = explained(service, content)
+    assert answer.status_code == 200, answer.text
+    found, predicted = answer.json(), post(service, content)
+    assert {name: found[name] for name in predicted} == predicted
+    assert found["members"].keys() == {"cnn_small", "mobilenetv2"}
+    explainer = Explainer(str(chain.bundle), "cpu", 1)
+    pixels, *_ = decode_upload(content, "", explainer.ensemble.specs)
+    (row,) = explainer.explain([image_SS[None] for image_SS in pixels], [predicted])
+    assert found["figures"] == pytest.approx({name: row[name] for name in FIGURES}, abs=1e-4)
+    heat = Image.open(io.BytesIO(base64.b64decode(found["heat"])))
+    assert (heat.mode, heat.size) == ("L", (96, 96))
+    picture = explained(service, content, headers={"accept": "image/png"})
+    assert picture.content.startswith(b"\x89PNG")
+    assert explained(service, b"not a picture").json()["code"] == "unsupported_type"
+
+
+def test_the_page_is_there(service):
+    answer = requests.get(service, timeout=60)
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "Not a medical device" in answer.text
+    for path in re.findall(r'(?:src|href)="(static/[^"]+)"', answer.text):
+        assert requests.get(f"{service}/{path}", timeout=60).status_code == 200
 
 
 def test_a_file_that_ends_its_decoder_leaves_the_service_alive(service):
