@@ -11,6 +11,7 @@ import ray
 
 from bt_core.errors import UsageError
 from bt_core.log import logger
+from cluster.submit import SCORING_JOB
 
 _TOKEN_FILE = Path("~/.ray/auth_token")
 _LEAST_SHARE = 0.25
@@ -19,26 +20,38 @@ _LEAST_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Resources:
-    """What the cluster has in all: logical CPUs, GPUs, living nodes, CPUs of the largest."""
+    """What the cluster has in all: logical CPUs, GPUs, living nodes, CPUs of the largest.
+
+    Attributes:
+        held_cpus: by others, such as an ensemble that answers online.
+    """
 
     num_cpus: float
     num_gpus: float
     num_nodes: int
     largest_node_cpus: float
+    held_cpus: float = 0.0
 
     def scorers(self, device: str) -> tuple[int, float, float]:
         """Return number of scoring actors, CPUs and GPUs of each.
 
         On CPUs, actors hold half of the logical CPUs that are there without the largest node, so
         that decoding always finds one, even when a node is lost and its actors start on another;
-        each uses one thread, so actors and threads never exceed the cores.
+        each uses one thread, so actors and threads never exceed the cores. Where others hold CPUs,
+        actors leave a whole one, which the tasks that read take; without it they would wait for
+        ever.
         """
         # A node that alone has CPUs, beside a head that has none, cannot be lost without an end.
         lasting = self.num_cpus - self.largest_node_cpus or self.num_cpus
         if device == "cuda":
             return int(self.num_gpus), min(1.0, lasting / (4 * self.num_gpus)), 1.0
         actors = max(1, int(self.num_cpus))
-        return actors, max(_LEAST_SHARE, round(lasting / (2 * actors), 3)), 0.0
+        share = max(_LEAST_SHARE, round(lasting / (2 * actors), 3))
+        if self.held_cpus:
+            room = max(_LEAST_SHARE, self.num_cpus - self.held_cpus - 1)
+            actors = min(actors, int(room / _LEAST_SHARE))
+            share = min(share, round(room / actors, 3))
+        return actors, share, 0.0
 
 
 @contextmanager
@@ -56,7 +69,8 @@ def session(
     Args:
         num_cpus: logical CPUs of a local Ray; None takes all cores, and two at least, since an
             actor and the tasks that feed it need one each.
-        dashboard: give a local Ray its dashboard, ten processes more, which takes jobs too.
+        dashboard: give a local Ray its dashboard, ten processes more, which takes jobs too; of
+            those that the HTTP API submits one at a time.
         worker_env: environment variables of all processes that work for this one, besides their
             own. Without effect on a Ray that was running in this process already.
 
@@ -69,11 +83,15 @@ def session(
     try:
         resources = ray.cluster_resources()
         nodes = [node for node in ray.nodes() if node["Alive"]]
+        cpus = float(resources.get("CPU", 0))
+        is_new = started and "RAY_ADDRESS" not in os.environ
+        free_cpus = cpus if is_new else float(ray.available_resources().get("CPU", 0))
         found = Resources(
-            num_cpus=float(resources.get("CPU", 0)),
+            num_cpus=cpus,
             num_gpus=float(resources.get("GPU", 0)),
             num_nodes=len(nodes),
             largest_node_cpus=max(float(n["Resources"].get("CPU", 0)) for n in nodes),
+            held_cpus=cpus - free_cpus,
         )
         if started:
             logger.info(
@@ -123,11 +141,14 @@ def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] |
         os.environ.setdefault("RAY_task_oom_retries", "2")  # Ray's default is for ever
         # Ray ends idle processes over one for each CPU; the next step then waits for their imports.
         os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * cores))
+        if dashboard:  # jobs wait for each other; Ray gives up one that waits for 15 minutes
+            os.environ.setdefault("RAY_JOB_START_TIMEOUT_SECONDS", str(7 * 24 * 3600))
         ray.init(
             address="local",
             num_cpus=cores,
             runtime_env=environment,
             include_dashboard=dashboard,
+            resources={SCORING_JOB: 1} if dashboard else None,
             logging_level=logging.WARNING,
             log_to_driver=False,
         )

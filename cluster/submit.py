@@ -16,6 +16,9 @@ from bt_core.scans import limits
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+SCORING_JOB: Final = "scoring_job"
+"""A resource of Ray: as many scoring jobs of the HTTP API run at once as nodes declare of it, since
+two that share few CPUs may each hold what the other waits for."""
 _UPLOADED: Final = frozenset({"bt_core", "cluster", "jobs", "serve", "pyproject.toml"})
 """The code, and nothing else that may lie in the checkout: no scans, results or history."""
 
@@ -38,7 +41,7 @@ def submit(address: str, module: str, arguments: list[str]) -> int:
         storage.refuse_secrets(word)
     client = _client(address)
     entrypoint = shlex.join(["python", "-m", module, *arguments])
-    job = client.submit_job(entrypoint=entrypoint, runtime_env=_runtime_env())
+    job = client.submit_job(entrypoint=entrypoint, runtime_env=job_environment())
     logger.info("job %s: %s", job, entrypoint)
     try:
         asyncio.run(_stream(client, job))
@@ -56,6 +59,24 @@ def submit(address: str, module: str, arguments: list[str]) -> int:
         return EXIT_OK
     logger.error("job %s: %s: %s", job, details.status, details.message)
     return EXIT_FAILED
+
+
+def own_cluster() -> "JobSubmissionClient":
+    """Return a client for jobs on the cluster that this process works in.
+
+    Raises:
+        UsageError: if the cluster has no dashboard, which takes jobs, or refuses the token.
+    """
+    import ray
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    if not ray.is_initialized():  # asking would start one
+        raise UsageError("this process works in no cluster")
+    try:
+        return JobSubmissionClient(ray.get_runtime_context().gcs_address)
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        raise UsageError(f"the cluster takes no jobs: {type(error).__name__}") from error
 
 
 def _client(address: str) -> "JobSubmissionClient":
@@ -79,8 +100,11 @@ def _client(address: str) -> "JobSubmissionClient":
         ) from error
 
 
-def _runtime_env() -> dict[str, object]:
-    """Upload the checkout that this runs from; an installed package must be there already."""
+def job_environment() -> dict[str, object]:
+    """Return the runtime environment of a job.
+
+    It uploads the checkout that this runs from; an installed package must be there already.
+    """
     variables = _variables()
     environment: dict[str, object] = {"env_vars": variables} if variables else {}
     root = Path(__file__).resolve().parent.parent

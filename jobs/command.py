@@ -71,6 +71,11 @@ _LOCATIONS: Final = frozenset(
         "source",
         "bundle",
         "out",
+        "audit",
+        "keys",
+        "shadow",
+        "scoring_sources",
+        "scoring_outputs",
         "data",
         "runs",
         "resolve",
@@ -258,6 +263,8 @@ def say_if_random(key_is_kept: bool, patients: "pa.ChunkedArray") -> None:
 def _submit(address: str, name: str, arguments: dict[str, Any]) -> int:
     from cluster.submit import submit
 
+    if name.startswith("keys "):  # a cluster keeps what its jobs print
+        raise UsageError(f"bt {name} works on files of this machine; run it where the server is")
     out = arguments.get("out")
     given = any(word.removeprefix("--out=").removeprefix("-o") == out for word in sys.argv)
     if out is not None and not (out and given):  # a default lies in the job's own folder, then lost

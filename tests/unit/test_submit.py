@@ -9,7 +9,7 @@ import pytest
 
 from bt_core.errors import UsageError
 from bt_core.log import logger
-from cluster.submit import _runtime_env, submit
+from cluster.submit import job_environment, submit
 from jobs.cli import app
 from jobs.command import _LOCATIONS
 
@@ -31,11 +31,11 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_limits_and_the_file_of_the_key_go_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "env_vars" not in _runtime_env()
+    assert "env_vars" not in job_environment()
     monkeypatch.chdir(tmp_path)
     for name, value in (LIMITS | {"BT_HASH_KEY_FILE": "key"}).items():
         monkeypatch.setenv(name, value)
-    sent = _runtime_env()
+    sent = job_environment()
     assert sent["env_vars"] == LIMITS | {"BT_HASH_KEY_FILE": str(tmp_path / "key")}
     assert "working_dir" in sent
 
@@ -44,10 +44,10 @@ def test_the_key_itself_stays_here_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        _runtime_env()
+        job_environment()
         assert caplog.text == ""
         monkeypatch.setenv("BT_HASH_KEY", "SECRET of the site")
-        assert "SECRET" not in repr(_runtime_env())
+        assert "SECRET" not in repr(job_environment())
     assert "BT_HASH_KEY is not sent" in caplog.text
     assert "BT_HASH_KEY_FILE" in caplog.text
     assert "SECRET" not in caplog.text
