@@ -21,6 +21,8 @@ from jobs.command import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pyarrow as pa
 
     from bt_core.data.publish import Published
@@ -37,8 +39,11 @@ class Settings:
     device: str = "auto"
     cascade: bool = True
     dicom: "Kind | None" = None
+    via_serve: bool = False
 
 
+_LIGHT_CPUS: Final = 0.1
+"""Of an actor that only asks an ensemble elsewhere."""
 MANIFEST_FILE: Final = "manifest.json"
 """Written last, so its presence means that all scores are there."""
 
@@ -63,6 +68,14 @@ def run(
             "These files name the patient.",
         ),
     ] = None,
+    via: Annotated[
+        str | None,
+        typer.Option(
+            metavar="serve",
+            help="Ask the ensemble that a bt serve on the cluster of RAY_ADDRESS hosts, in place "
+            "of loading it into workers. Whether its cascade answers is for the server to say.",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
 ) -> int:
     """Score every scan of an archive; the same command goes on with a job that was killed.
@@ -75,7 +88,7 @@ def run(
     out = output_folder(out, source)
     opened = Bundle(bundle)
     with locked(out):
-        options = Settings(device, cascade, _dicom_kind(dicom))
+        options = Settings(device, cascade, _dicom_kind(dicom), _is_via_serve(via))
         manifest, is_whole = score_source(opened, source, out, options, overwrite)
     _print_summary(manifest, opened, out)
     is_whole = is_whole and not manifest["rejected"] + manifest["failed"]
@@ -113,8 +126,8 @@ def score_source(
                 source=storage.absolute(source),
                 listing_digest=digest,
                 settings={
-                    "device": chosen,
-                    "cascade": "on" if options.cascade else "off",
+                    "device": "serve" if options.via_serve else chosen,
+                    "cascade": _cascade(options),
                     "dicom": options.dicom or "none",
                 },
                 bt_version=__version__,
@@ -127,8 +140,15 @@ def score_source(
                     clear_scores(out)
                 job = work.begin(job)
             num_before = work.num_done()
-            args = (bundle.location, chosen, 1, False, options.cascade)
-            score_manifest(work, specs, Scorer, args, actors, streamed)
+            if options.via_serve:
+                from serve.batch import hosted_app, hosted_scorer
+
+                scorer: Callable[..., Scorer] = hosted_scorer
+                scorer_args: tuple[object, ...] = bundle.location, hosted_app(bundle)
+                actors = actors[0], _LIGHT_CPUS, 0.0
+            else:
+                scorer, scorer_args = Scorer, (bundle.location, chosen, 1, False, options.cascade)
+            score_manifest(work, specs, scorer, scorer_args, actors, streamed)
             with writing(out):
                 published = publish(work, out, job.num_scans)
                 results = (
@@ -145,6 +165,20 @@ def score_source(
         storage.write_json(storage.join(out, MANIFEST_FILE), manifest)
         work.remove()
     return manifest, listing.is_whole
+
+
+def _cascade(options: Settings) -> str:
+    if options.via_serve:
+        if not options.cascade:
+            raise UsageError("--via serve: what runs there decides on the cascade; leave it out")
+        return "as hosted"
+    return "on" if options.cascade else "off"
+
+
+def _is_via_serve(given: str | None) -> bool:
+    if given not in (None, "serve"):
+        raise UsageError(f"--via {given}: use serve, or leave it out")
+    return given is not None
 
 
 def _dicom_kind(given: str | None) -> "Kind | None":

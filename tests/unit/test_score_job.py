@@ -294,6 +294,17 @@ def test_progress_says_how_long_it_will_take(monkeypatch, lines):
 
 
 @pytest.mark.parametrize(
+    ("num_cpus", "held", "actors"), [(2, 0.6, 1), (2, 1.5, 1), (8, 0.6, 8), (8, 6.0, 4)]
+)
+def test_scorers_leave_a_whole_cpu_to_what_reads_beside_an_ensemble(num_cpus, held, actors):
+    found, share, _ = Resources(num_cpus, 0, 1, num_cpus, held).scorers("cpu")
+    assert found == actors
+    assert share > 0
+    if held < num_cpus - 1.25:
+        assert found * share + held <= num_cpus - 1
+
+
+@pytest.mark.parametrize(
     ("num_cpus", "num_nodes", "largest", "actors", "held"),
     [(2, 1, 2, 2, 1), (8, 1, 8, 8, 4), (4, 2, 2, 4, 1), (48, 4, 16, 48, 16)],
 )
