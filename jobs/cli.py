@@ -12,12 +12,14 @@ from jobs import (
     bench_figures,
     bench_pipeline,
     bench_score,
+    bench_serve,
     compare,
     demo,
     ensemble,
     evaluate,
     explain,
     explore,
+    keys,
     optimise,
     phantom,
     prepare,
@@ -64,6 +66,7 @@ bench_app.command("train")(command("bench train", bench.run_train))
 bench_app.command("score")(command("bench score", bench_score.run_score))
 bench_app.command("audit")(command("bench audit", bench_data.run_audit))
 bench_app.command("figures")(command("bench figures", bench_figures.run_figures))
+bench_app.command("serve")(command("bench serve", bench_serve.run_serve))
 bench_app.command("pipeline")(command("bench pipeline", bench_pipeline.run_pipeline))
 bench_app.command("decode")(command("bench decode", bench_data.run_decode))
 app.add_typer(bench_app, name="bench", no_args_is_help=True)
@@ -77,6 +80,11 @@ weights_app.command("list")(command("weights list", weights.run_list))
 weights_app.command("check")(command("weights check", weights.run_check))
 weights_app.command("stage")(command("weights stage", weights.run_stage))
 app.add_typer(weights_app, name="weights", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys of a server.")
+keys_app.command("add")(command("keys add", keys.run_add))
+keys_app.command("list")(command("keys list", keys.run_list))
+keys_app.command("revoke")(command("keys revoke", keys.run_revoke))
+app.add_typer(keys_app, name="keys", no_args_is_help=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,11 +24,11 @@ ALLOWED = {
     | {"config", "scans", "models", "inference", "ensemble", "data", "training"},
 }
 TOP_LEVEL = {"bt_core": set(), "cluster": {"bt_core"}, "jobs": {"bt_core", "cluster", "serve"}}
-TOP_LEVEL["serve"] = {"bt_core"}
+TOP_LEVEL["serve"] = {"bt_core", "cluster"}
 ONLY_IN = {
     "cv2": ("bt_core/scans/", "jobs/baselines.py"),
     "timm": ("bt_core/models/backbones.py",),
-    "fastapi": ("serve/",),
+    "fastapi": ("serve/", "jobs/peers/"),
     "openvino": ("bt_core/inference/openvino_runtime.py",),
     "nncf": ("bt_core/inference/openvino_runtime.py",),
     "ray": (
