@@ -42,9 +42,9 @@ def test_the_first_block_is_the_two_commands():
     assert BLOCKS[0] == "make demo\nmake test\n"
 
 
-@pytest.mark.parametrize(
-    "given", ["DATA", pytest.param("", marks=pytest.mark.slow, id="synthetic scans")]
-)
+# Each of its steps is a command of the next test, too, or of the chain that others share.
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["DATA", pytest.param("", id="synthetic scans")])
 def test_make_demo_runs_the_whole_chain(chain, given, tmp_path, session_address):
     out = tmp_path / "demo"
     command = BLOCKS[0].splitlines()[0] + (f" DATA={chain.archive}" if given else "")
