@@ -15,7 +15,6 @@ from ray.serve.handle import DeploymentHandle
 from bt_core import log
 from bt_core.config import parse
 from bt_core.errors import BtError, RunError
-from bt_core.inference.predictor import needed_specs
 from bt_core.models.bundle import Bundle, BundleInfo
 from serve import metrics
 from serve.api import build_api
@@ -115,7 +114,6 @@ def hosted_bundle(
     location: str, info: BundleInfo, handle: DeploymentHandle, explain: Explain
 ) -> HostedBundle:
     """Return the ensemble behind a handle, and what explains its answers."""
-    num_specs = len(needed_specs(info)[0])
     # By gRPC, with plain pickle, which costs less than Ray's default, a task of the actor.
     predicting = handle.options(
         method_name="predict",
@@ -129,8 +127,8 @@ def hosted_bundle(
         max_batch_size=MAX_BATCH, batch_wait_timeout_s=_GATHER_SECONDS, max_concurrent_batches=4
     )
     async def predict_all(scans: list[Scan]) -> list[dict[str, Any]]:
-        pixels = [np.stack([scan[0][i] for scan in scans]) for i in range(num_specs)]
-        digests, gates = [scan[1] for scan in scans], [scan[2] for scan in scans]
+        of_specs, digests, gates = zip(*scans, strict=True)
+        pixels = [np.stack(same) for same in zip(*of_specs, strict=True)]
         for attempt in range(1, TRIES + 1):
             try:
                 call = predicting.remote(pixels, digests, gates)

@@ -50,7 +50,6 @@ _BODY: Final[dict[str, Any]] = {
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 ModelName = Annotated[str, Path(description=f"Always `{MODEL_NAME}`.", examples=[MODEL_NAME])]
-Version = Annotated[str, Path(description="The bundle id.", examples=["0123456789abcdef"])]
 
 
 @router.get(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Final
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -55,6 +55,12 @@ class DeclaredLengthLimit:
             await response(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+
+def refusal(result: Mapping[str, Any]) -> JSONResponse:
+    """Return the problem document of a scan that cannot be used, from its result."""
+    reason = result["reason"]
+    return problem(HTTP_OF_REASON[reason], reason, result["detail"])
 
 
 def install_problems(api: FastAPI, max_body_size: int) -> None:

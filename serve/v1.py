@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response
 
 from serve.access import require
 from serve.hosted import OverloadedError
-from serve.problems import HTTP_OF_REASON, problem
+from serve.problems import problem, refusal
 from serve.routing import BODY, FILE, ServiceOf, answers, read_uploads
 from serve.schemas import (
     EXAMPLE_EXPLANATION,
@@ -52,8 +52,7 @@ async def predict(
     except OverloadedError:
         return problem(503, "overloaded", "too many scans are being answered; try again shortly")
     if len(results) == 1 and "detail" in results[0] and not each:
-        reason = results[0]["reason"]
-        return problem(HTTP_OF_REASON[reason], reason, results[0]["detail"])
+        return refusal(results[0])
     return {"results": results}
 
 
@@ -83,8 +82,7 @@ async def explain(request: Request, service: ServiceOf) -> Any:
     except OverloadedError:
         return problem(503, "overloaded", "too many scans are being explained; try again shortly")
     if "detail" in result:
-        reason = result["reason"]
-        return problem(HTTP_OF_REASON[reason], reason, result["detail"])
+        return refusal(result)
     return Response(overlay, media_type="image/png") if draw else result
 
 

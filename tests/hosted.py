@@ -13,6 +13,7 @@ from serve.explaining import LazyExplainer
 from serve.hosted import HostedBundle, OverloadedError
 from serve.service import Service
 from serve.settings import ServeSettings
+from tests.tiny_bundle import make_bundle
 
 SCANS = [
     encode_picture(phantom_slice(name, 1, 96), ".png")
@@ -57,6 +58,13 @@ class LocalBundle:
         return await asyncio.to_thread(
             self.explainer.explain, self.location, bundle_id, scan, answer, draw
         )
+
+
+def tiny_hosted(tmp_path_factory, *sizes):
+    """Return a small bundle, one member for each size in pixels, that answers in this process."""
+    location = str(tmp_path_factory.mktemp("serve") / "bundle")
+    make_bundle(location, sizes=sizes)
+    return LocalBundle(location)
 
 
 def files(*contents):

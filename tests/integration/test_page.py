@@ -18,9 +18,8 @@ from serve.api import build_api
 from serve.keys import add_key
 from serve.service import Service
 from serve.settings import ServeSettings
-from tests.hosted import LocalBundle
+from tests.hosted import tiny_hosted
 from tests.scan_files import dicom_object, nifti
-from tests.tiny_bundle import make_bundle
 
 pytestmark = pytest.mark.integration
 
@@ -53,9 +52,7 @@ def hosted(app):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    location = str(tmp_path_factory.mktemp("serve") / "bundle")
-    make_bundle(location, sizes=(32, 48))
-    return LocalBundle(location)
+    return tiny_hosted(tmp_path_factory, 32, 48)
 
 
 @pytest.fixture(scope="module")

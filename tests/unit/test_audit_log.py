@@ -14,9 +14,8 @@ from bt_core.scans.phantom import phantom_slice
 from serve.access import require
 from serve.audit import AuditLog
 from serve.keys import add_key
-from tests.hosted import SCANS, LocalBundle, bearer, client_of, files
+from tests.hosted import SCANS, bearer, client_of, files, tiny_hosted
 from tests.scan_files import dicom_object
-from tests.tiny_bundle import make_bundle
 
 CANARY = "CANARY"
 LINE_FIELDS = {
@@ -27,9 +26,7 @@ LINE_FIELDS = {
 
 @pytest.fixture(scope="module")
 def ensemble(tmp_path_factory):
-    location = str(tmp_path_factory.mktemp("serve") / "bundle")
-    make_bundle(location, sizes=(32,))
-    return LocalBundle(location)
+    return tiny_hosted(tmp_path_factory, 32)
 
 
 @pytest.fixture

@@ -7,18 +7,14 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from starlette.testclient import TestClient
 
 from bt_core.evaluation.explainer import FIGURES, Explainer
 from bt_core.scans.formats import decode_scan
 from bt_core.scans.phantom import encode_picture, phantom_slice
 from bt_core.scans.preprocess import PreprocessSpec, preprocess_pixels, seen_box
 from bt_core.scans.views import SHOWN_PX, onto_image, reduced
-from serve.api import build_api
 from serve.decoding import decode_upload
-from serve.service import Service
-from serve.settings import ServeSettings
-from tests.hosted import LocalBundle
+from tests.hosted import client_of, tiny_hosted
 from tests.scan_files import VOLUME, deadly_dicom, nifti
 from tests.tiny_bundle import make_bundle
 
@@ -28,17 +24,13 @@ SCAN = encode_picture(HEAD, ".png")
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    location = str(tmp_path_factory.mktemp("serve") / "bundle")
-    make_bundle(location, sizes=(32, 48))
-    return LocalBundle(location)
+    return tiny_hosted(tmp_path_factory, 32, 48)
 
 
 @pytest.fixture(scope="module")
 def client(bundle):
-    service = Service(ServeSettings(bundle="unused", max_in_flight=4), bundle.hosted)
-    with TestClient(build_api(service), raise_server_exceptions=False) as client:
+    with client_of(bundle.hosted, max_in_flight=4) as client:
         yield client
-    service.close()
 
 
 def explain(client, content, **headers):

@@ -10,7 +10,7 @@ from serve.api import build_api
 from serve.hosted import OverloadedError
 from serve.service import Service
 from serve.settings import ServeSettings
-from tests.hosted import SCANS, LocalBundle, files
+from tests.hosted import SCANS, LocalBundle, files, tiny_hosted
 from tests.scan_files import deadly_dicom
 from tests.tiny_bundle import make_bundle
 
@@ -19,9 +19,7 @@ BAD = b"no scan at all"
 
 @pytest.fixture(scope="module")
 def ensemble(tmp_path_factory):
-    location = str(tmp_path_factory.mktemp("serve") / "bundle")
-    make_bundle(location, sizes=(32,))
-    return LocalBundle(location)
+    return tiny_hosted(tmp_path_factory, 32)
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,10 @@ import os
 
 import psutil
 import pytest
-from starlette.testclient import TestClient
 
 from bt_core.errors import REJECTED_REASONS
-from serve.api import build_api
-from serve.service import Service
-from serve.settings import ServeSettings
-from tests.hosted import SCANS, LocalBundle
+from tests.hosted import SCANS, client_of, tiny_hosted
 from tests.scan_files import deadly_dicom
-from tests.tiny_bundle import make_bundle
 from tests.unit.test_scan_table import BAD
 
 NUM_DECODERS = 2
@@ -33,13 +28,9 @@ def bad_file(name):
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    location = str(tmp_path_factory.mktemp("serve") / "bundle")
-    make_bundle(location, sizes=(32,))
-    settings = ServeSettings(bundle=location, decoders_per_gateway=NUM_DECODERS)
-    service = Service(settings, LocalBundle(location).hosted)
-    with TestClient(build_api(service), raise_server_exceptions=False) as client:
+    hosted = tiny_hosted(tmp_path_factory, 32).hosted
+    with client_of(hosted, decoders_per_gateway=NUM_DECODERS) as client:
         yield client
-    service.close()
 
 
 def decoders():

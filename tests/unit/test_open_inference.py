@@ -8,14 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.testclient import TestClient
 
-from serve.api import build_api
 from serve.open_inference_messages import InferRequest, read_request, read_scans, write_response
-from serve.service import Service
-from serve.settings import ServeSettings
-from tests.hosted import SCANS, LocalBundle
-from tests.tiny_bundle import SPACE, make_bundle
+from tests.hosted import SCANS, client_of, tiny_hosted
+from tests.tiny_bundle import SPACE
 from tests.unit.test_http_api import BAD
 
 CLASSES = len(SPACE.names)
@@ -23,17 +19,13 @@ CLASSES = len(SPACE.names)
 
 @pytest.fixture(scope="module")
 def ensemble(tmp_path_factory):
-    location = str(tmp_path_factory.mktemp("serve") / "bundle")
-    make_bundle(location, sizes=(32,))
-    return LocalBundle(location)
+    return tiny_hosted(tmp_path_factory, 32)
 
 
 @pytest.fixture(scope="module")
 def client(ensemble):
-    service = Service(ServeSettings(bundle="unused", max_files=4), ensemble.hosted)
-    with TestClient(build_api(service), raise_server_exceptions=False) as client:
+    with client_of(ensemble.hosted, max_files=4) as client:
         yield client
-    service.close()
 
 
 def request_of(*scans, **changes):

@@ -9,17 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from ray.job_submission import JobDetails, JobStatus, JobType
-from starlette.testclient import TestClient
 
 from bt_core import storage
-from serve.api import build_api
 from serve.locations import NotAllowedError, allowed_output, allowed_source, resolved
 from serve.ray_jobs import ScoringJobs, _record
 from serve.schemas import ScoringRequest
-from serve.service import Service
 from serve.settings import ServeSettings
-from tests.hosted import LocalBundle
-from tests.tiny_bundle import make_bundle
+from tests.hosted import client_of, tiny_hosted
 
 PREFIXES = ("/srv/scans", "s3://scans/in")
 JOB = "bt-scoring-" + "0" * 32
@@ -27,22 +23,7 @@ JOB = "bt-scoring-" + "0" * 32
 
 @pytest.fixture(scope="module")
 def ensemble(tmp_path_factory):
-    location = str(tmp_path_factory.mktemp("serve") / "bundle")
-    make_bundle(location, sizes=(32,))
-    return LocalBundle(location)
-
-
-@pytest.fixture
-def client_of(ensemble):
-    services = []
-
-    def opened(**settings):
-        services.append(Service(ServeSettings(bundle="unused", **settings), ensemble.hosted))
-        return TestClient(build_api(services[-1]), raise_server_exceptions=False)
-
-    yield opened
-    for service in services:
-        service.close()
+    return tiny_hosted(tmp_path_factory, 32)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +122,8 @@ def test_a_prefix_that_is_no_location_is_refused(prefix):
         ServeSettings(bundle="b", scoring_sources=(prefix,))
 
 
-def test_without_places_there_are_no_jobs(client_of):
-    with client_of(scoring_sources=("/srv/scans",)) as client:
+def test_without_places_there_are_no_jobs(ensemble):
+    with client_of(ensemble.hosted, scoring_sources=("/srv/scans",)) as client:
         body = {"source": "/srv/scans/a.zip", "output": "/srv/out/a"}
         for answer in (
             client.post("/v1/scoring-jobs", json=body),
@@ -154,8 +135,10 @@ def test_without_places_there_are_no_jobs(client_of):
             assert "scoring_outputs" in answer.json()["detail"]
 
 
-def test_requests_are_checked_before_ray_is_asked(client_of):
-    with client_of(scoring_sources=PREFIXES, scoring_outputs=("/srv/out",)) as client:
+def test_requests_are_checked_before_ray_is_asked(ensemble):
+    with client_of(
+        ensemble.hosted, scoring_sources=PREFIXES, scoring_outputs=("/srv/out",)
+    ) as client:
         good = {"source": "/srv/scans/a.zip", "output": "/srv/out/a"}
         for change, status, code in (
             ({"source": "/etc/passwd"}, 403, "not_allowed"),
@@ -171,10 +154,10 @@ def test_requests_are_checked_before_ray_is_asked(client_of):
         assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
 
 
-def test_without_a_cluster_that_takes_jobs_it_is_unavailable(client_of, tmp_path, monkeypatch):
+def test_without_a_cluster_that_takes_jobs_it_is_unavailable(ensemble, tmp_path, monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # in other tests' Ray, too
     places = {"scoring_sources": (str(tmp_path),), "scoring_outputs": (str(tmp_path),)}
-    with client_of(**places) as client:
+    with client_of(ensemble.hosted, **places) as client:
         body = {"source": f"{tmp_path}/a.zip", "output": f"{tmp_path}/out"}
         answer = client.post("/v1/scoring-jobs", json=body)
         assert (answer.status_code, answer.json()["code"]) == (503, "jobs_unavailable")
