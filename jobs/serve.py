@@ -79,6 +79,7 @@ def run(
     from bt_core.models.bundle import Bundle
     from cluster.session import choose_device, session
     from serve.access import check_exposure
+    from serve.front import haproxy
     from serve.keys import read_keys
     from serve.settings import ServeSettings
 
@@ -100,7 +101,7 @@ def run(
         read_keys(settings.keys)
     check_exposure(host, settings)
     _check_port(host, port)
-    with session(dashboard=bool(scoring_sources)) as resources:
+    with haproxy(host), session(dashboard=bool(scoring_sources)) as resources:
         import ray
         from ray import serve
 

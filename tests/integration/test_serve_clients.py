@@ -68,7 +68,13 @@ def served(ray_session, places):
 def submit(served, places, source, output, key=None, **options):
     body = {"source": f"{places}/in/{source}", "output": f"{places}/out/{output}"} | options
     headers = {} if key is None else {"Idempotency-Key": key}
-    return served.http.post("/v1/scoring-jobs", json=body, headers=headers)
+    end = time.monotonic() + TIMEOUT_SECONDS
+    while True:
+        answer = served.http.post("/v1/scoring-jobs", json=body, headers=headers)
+        # Ray's dashboard is there before its agents are.
+        if answer.status_code != 503 or time.monotonic() > end:
+            return answer
+        time.sleep(1)
 
 
 def ended(served, job_id):
