@@ -14,6 +14,7 @@ from jobs.command import BundleArgument, DeviceOption
 
 if TYPE_CHECKING:
     from bt_core.models.bundle import Bundle
+    from serve.settings import ServeSettings
 
 
 def run(
@@ -73,13 +74,19 @@ def run(
             help="Folder or URI below which these jobs may write. May be repeated.",
         ),
     ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any setting of cluster/serve_config.yaml's, as in --set num_replicas=2.",
+        ),
+    ] = None,
 ) -> int:
     """Host a bundle with Ray Serve until Ctrl-C: POST /v1/predictions, docs under /docs."""
-    from bt_core.config import parse
+    from bt_core.config import apply_overrides, parse
     from bt_core.models.bundle import Bundle
-    from cluster.session import choose_device, session
     from serve.access import check_exposure
-    from serve.front import haproxy
     from serve.keys import read_keys
     from serve.settings import ServeSettings
 
@@ -88,20 +95,43 @@ def run(
         return _swap(opened, device, shadow)
     if bool(scoring_sources) != bool(scoring_outputs):
         raise UsageError("give both --scoring-source and --scoring-output, or neither")
-    shadow_bundle = Bundle(shadow) if shadow else None
     given = {
+        "bundle": opened.location,
         "keys": keys and os.path.abspath(keys),
         "audit_dir": audit and os.path.abspath(audit),
         "max_scans_per_minute": scans_per_minute,
         "scoring_sources": tuple(map(storage.absolute, scoring_sources or ())),
         "scoring_outputs": tuple(map(storage.absolute, scoring_outputs or ())),
     }
-    settings = parse(ServeSettings, {"bundle": opened.location, **given}, "bt serve")
+    _refuse_own_options(overrides or [], {*given, "device"})
+    settings = parse(ServeSettings, apply_overrides(given, overrides or []), "bt serve")
     if settings.keys is not None:
         read_keys(settings.keys)
     check_exposure(host, settings)
     _check_port(host, port)
-    with haproxy(host), session(dashboard=bool(scoring_sources)) as resources:
+    return _serve(settings, (host, port), device, Bundle(shadow) if shadow else None, shadow_share)
+
+
+def _refuse_own_options(overrides: list[str], named: set[str]) -> None:
+    for override in overrides:
+        if (key := override.partition("=")[0]) in named:
+            raise UsageError(f"--set {key}: it has an option or argument of its own, see --help")
+
+
+def _serve(
+    settings: "ServeSettings",
+    address: tuple[str, int],
+    device: str,
+    shadow: "Bundle | None",
+    shadow_share: float,
+) -> int:
+    """Host until a signal comes."""
+    from bt_core.models.bundle import Bundle
+    from cluster.session import choose_device, session
+    from serve.front import haproxy
+
+    host, port = address
+    with haproxy(host), session(dashboard=bool(settings.scoring_sources)) as resources:
         import ray
         from ray import serve
 
@@ -111,13 +141,14 @@ def run(
         chosen = choose_device(device, resources)
         settings = settings.model_copy(update={"device": chosen})
         beside = None
-        if shadow_bundle is not None:
-            beside = EnsembleSettings(bundle=shadow_bundle.location, device=chosen)
+        if shadow is not None:
+            beside = EnsembleSettings(bundle=shadow.location, device=chosen)
         url = start(settings, port, host, beside, shadow_share)
         try:
-            print(f"bundle {opened.info.bundle_id} answers at {url} (API docs: {url}/docs)")
-            address = ray.get_runtime_context().gcs_address
-            print(f"another bundle: RAY_ADDRESS={address} bt serve BUNDLE --swap")
+            bundle_id = Bundle(settings.bundle).info.bundle_id
+            print(f"bundle {bundle_id} answers at {url} (API docs: {url}/docs)")
+            cluster = ray.get_runtime_context().gcs_address
+            print(f"another bundle: RAY_ADDRESS={cluster} bt serve BUNDLE --swap")
             print("Ctrl-C stops it", flush=True)
             _wait_for_stop()
         finally:

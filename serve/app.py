@@ -102,7 +102,7 @@ def start(
         RunError: if a bundle cannot be loaded.
     """
     if is_loopback(host):
-        hosts = (*LOOPBACK_HOSTS, host)
+        hosts = (*LOOPBACK_HOSTS, host, *settings.allowed_hosts)
         local = {"allow_anonymous": True, "allow_unaudited": True, "allowed_hosts": hosts}
         settings = settings.model_copy(update=local)
     check_exposure(host, settings)

@@ -141,6 +141,10 @@ def test_bt_serve_lets_nobody_in_by_accident(tmp_path, capsys):
     assert "bt keys add" in capsys.readouterr().err
     assert bt("serve", bundle, "--scans-per-minute", "3") == 2
     assert "below max_files" in capsys.readouterr().err
+    assert bt("serve", bundle, "--set", "keys=none.json") == 2
+    assert "--set keys: it has an option or argument of its own" in capsys.readouterr().err
+    assert bt("serve", bundle, "--set", "num_replica=2") == 2
+    assert "did you mean 'num_replicas'" in capsys.readouterr().err
 
 
 def test_a_key_is_asked_for_until_it_is_revoked(server, capsys):
