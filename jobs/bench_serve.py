@@ -72,7 +72,7 @@ def run_serve(
                 if side == "bt":
                     rate = round(2 * figures["many"]["requests_per_second"])
                     duration = overload_seconds or seconds
-                    figures["overload"] = _load(server, duration, 8 * clients, rate)
+                    figures["overload"] = _load(server, duration, 16 * clients, rate)
             found[side].append(figures)
             print(f"round {number + 1}: {side}: {_line(figures)}", flush=True)
     result = _result(found, chosen)

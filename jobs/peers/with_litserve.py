@@ -22,9 +22,9 @@ class Peer(ls.LitAPI):  # type: ignore[misc]
         """Load the model."""
         self.spec, self.answers = load(self.options)
 
-    def decode_request(self, request: dict[str, UploadFile]) -> np.ndarray:
+    def decode_request(self, request: UploadFile) -> np.ndarray:
         """Return pixels_SS of an upload."""
-        return decoded(request["request"].file.read(), self.spec)
+        return decoded(request.file.read(), self.spec)
 
     def batch(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """Return the batch as it is."""
