@@ -60,6 +60,7 @@ def _variables(folder: str) -> dict[str, str]:
     own["METRICS_PORT"], own["STATS_PORT"] = map(str, _free_ports(2))
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_process_group_cleanup_enabled": "1",  # else a killed proxy leaves HAProxy behind
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DRAINING_SECONDS),
         **{f"RAY_SERVE_HAPROXY_{name}": value for name, value in own.items()},
     }
