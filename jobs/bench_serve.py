@@ -120,9 +120,9 @@ def _server(side: str, bundle: str, scan: str) -> Iterator[_Server]:
             yield server
         finally:
             process.send_signal(signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(60)
-            except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):  # LitServe leaves processes behind
                 os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -31,7 +31,7 @@ def build_api(service: Service) -> FastAPI:
 
     @api.exception_handler(OverloadedError)
     async def _out_of_reach(_: Request, error: OverloadedError) -> JSONResponse:
-        return problem(503, "overloaded", "nothing can answer now; try again shortly")
+        return problem(503, "overloaded", "this cannot be answered now; try again shortly")
 
     secure(api, service.settings)
     for router in (v1, health, open_inference.router, scoring_jobs.router, docs, page):

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from collections import defaultdict
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from serve.service import Observer
 _SECONDS: Final = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
 _EVERY: Final = 20
 """Answers between two looks at the drift."""
+_SECONDS_BETWEEN_COUNTS: Final = 1.0
 _KEPT: Final = re.compile(r"^(# (?:HELP|TYPE) )?ray_((?:bt|serve)_\w+)")
 _TIMEOUT_SECONDS: Final = 5.0
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -36,7 +38,7 @@ class RayObserver(Observer):
             "bt_scans_total", "Answered or refused.", tag_keys=("status", "reason")
         )
         self._labels = Counter("bt_labels_total", "Predicted classes.", tag_keys=("label",))
-        self._turned_away = Counter("bt_turned_away_total", "Scans that found no room.")
+        self._turned_away = Counter("bt_turned_away_total", "Requests for which there was no room.")
         self._shadow = Counter(
             "bt_shadow_total", "Scans that the shadow answered, too.", tag_keys=("agrees",)
         )
@@ -45,6 +47,7 @@ class RayObserver(Observer):
             "Of the latest 1000 answers against the validation scans; over 0.25 is a shift.",
             tag_keys=("quantity",),
         )
+        self._num_turned_away, self._counted_at = 0, 0.0
         self._watch: DriftWatch | None = None
         self._num_answered = 0
 
@@ -70,9 +73,15 @@ class RayObserver(Observer):
             for quantity, index in self._watch.stability().items():
                 self._drift.set(index, {"quantity": quantity})
 
-    def turned_away(self, num_scans: int) -> None:
-        """Count scans that found no room."""
-        self._turned_away.inc(num_scans)
+    def turned_away(self) -> None:
+        """Count requests for which there was no room."""
+        # Not each by itself: a call of Ray's gives other threads their turn, which takes longer
+        # than all the rest of a refusal.
+        self._num_turned_away += 1
+        now = time.monotonic()
+        if now - self._counted_at >= _SECONDS_BETWEEN_COUNTS:
+            self._turned_away.inc(self._num_turned_away)
+            self._num_turned_away, self._counted_at = 0, now
 
     def compared(self, agrees: bool) -> None:
         """Count a scan that the shadow answered, too."""

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from bt_core import __version__
 from serve.access import require
 from serve.budget import spend_scans
-from serve.hosted import HostedBundle, OverloadedError
+from serve.hosted import HostedBundle
 from serve.open_inference_messages import (
     INPUT,
     JSON_LENGTH,
@@ -29,7 +29,6 @@ from serve.open_inference_messages import (
     read_scans,
     write_response,
 )
-from serve.problems import problem
 from serve.routing import ServiceOf, answers
 from serve.v1 import readyz
 
@@ -155,6 +154,7 @@ async def infer(request: Request, service: ServiceOf, model: ModelName, version:
     """
     ensemble = service.ensemble  # another bundle may take its place while the body arrives
     _check_name(ensemble, model, version)
+    service.turn_away_if_full()
     spend_scans(request, 0)
     try:
         asked, blobs = read_request(await request.body(), request.headers.get(JSON_LENGTH))
@@ -163,10 +163,7 @@ async def infer(request: Request, service: ServiceOf, model: ModelName, version:
     except ValueError as error:
         raise HTTPException(400, str(error)) from error
     spend_scans(request, len(scans))
-    try:
-        results = await service.answer_all([(scan, "") for scan in scans], ensemble=ensemble)
-    except OverloadedError:
-        return problem(503, "overloaded", "too many scans are being answered; try again shortly")
+    results = await service.answer_all([(scan, "") for scan in scans], ensemble=ensemble)
     info = ensemble.info
     outputs = {name: _column(name, results, info.label_space.names) for name in wanted}
     content, num_json_bytes = write_response(

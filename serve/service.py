@@ -53,8 +53,8 @@ class Observer:
     def answered(self, result: dict[str, Any], intensity: float | None) -> None:
         """Take note of a prediction or a refusal; of the former with its thumbnail's mean grey."""
 
-    def turned_away(self, num_scans: int) -> None:
-        """Take note of scans that found no room."""
+    def turned_away(self) -> None:
+        """Take note of a request for which there was no room."""
 
     def compared(self, agrees: bool) -> None:
         """Take note of a scan that a shadow answered, too."""
@@ -112,6 +112,16 @@ class Service:
         if self._ensemble is None:
             raise OverloadedError
         return self._ensemble
+
+    def turn_away_if_full(self) -> None:
+        """Turn a request away before its body is read, which costs more than to refuse it.
+
+        Raises:
+            OverloadedError: if as many scans as are allowed are being worked on.
+        """
+        if self._num_in_flight >= self.settings.max_in_flight:
+            self._observer.turned_away()
+            raise OverloadedError
 
     def host(self, ensemble: HostedBundle, shadow: HostedBundle | None, share: float) -> None:
         """Let another ensemble answer from now on; what is being answered is not disturbed.
@@ -265,7 +275,7 @@ class Service:
         """Turn away what would have to wait for too long; one request alone is always let in."""
         limit = self.settings.max_in_flight
         if self._num_in_flight and self._num_in_flight + num_scans > limit:
-            self._observer.turned_away(num_scans)
+            self._observer.turned_away()
             raise OverloadedError
         self._num_in_flight += num_scans
         try:

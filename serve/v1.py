@@ -46,11 +46,9 @@ async def predict(
     or with `each` a result as well. `pictures` asks for each scan's picture: few programs show
     DICOM or NIfTI.
     """
+    service.turn_away_if_full()
     uploads = await read_uploads(request, service.settings.max_files)
-    try:
-        results = await service.answer_all(uploads, pictures)
-    except OverloadedError:
-        return problem(503, "overloaded", "too many scans are being answered; try again shortly")
+    results = await service.answer_all(uploads, pictures)
     if len(results) == 1 and "detail" in results[0] and not each:
         return refusal(results[0])
     return {"results": results}
@@ -75,12 +73,10 @@ async def explain(request: Request, service: ServiceOf) -> Any:
 
     The first after a pause takes seconds longer, since what explains is started for it.
     """
+    service.turn_away_if_full()
     (upload,) = await read_uploads(request, 1)
     draw = _wants_png(request.headers.get("accept", ""))
-    try:
-        result, overlay = await service.explain(*upload, draw)
-    except OverloadedError:
-        return problem(503, "overloaded", "too many scans are being explained; try again shortly")
+    result, overlay = await service.explain(*upload, draw)
     if "detail" in result:
         return refusal(result)
     return Response(overlay, media_type="image/png") if draw else result

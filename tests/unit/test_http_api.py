@@ -2,6 +2,7 @@
 
 import asyncio
 
+import httpx
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
@@ -96,6 +97,33 @@ def test_more_than_it_can_work_on_is_turned_away_at_once(ensemble, service):
         assert len(asyncio.run(service.answer_all([(SCANS[0], "")]))) == 1, "there is room again"
     finally:
         ensemble.seconds = 0.0
+
+
+@pytest.mark.parametrize("path", ["/v1/predictions", "/v1/explanations", "/v2/models/bt/infer"])
+def test_where_there_is_no_room_a_body_is_not_even_read(ensemble, service, path):
+    read = []
+
+    async def body():
+        read.append(1)
+        yield SCANS[0]
+
+    async def both():
+        first = asyncio.ensure_future(service.answer_all([(content, "") for content in SCANS * 2]))
+        await asyncio.sleep(0)
+        transport = httpx.ASGITransport(build_api(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            answer = await client.post(path, content=body())
+        await first
+        return answer
+
+    ensemble.seconds = 0.3
+    try:
+        answer = asyncio.run(both())
+    finally:
+        ensemble.seconds = 0.0
+    assert (answer.status_code, answer.json()["code"]) == (503, "overloaded")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert not read
 
 
 def test_an_ensemble_out_of_reach_is_said_so(ensemble, client):
