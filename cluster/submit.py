@@ -79,13 +79,21 @@ def own_cluster() -> "JobSubmissionClient":
         raise UsageError(f"the cluster takes no jobs: {type(error).__name__}") from error
 
 
-def _client(address: str) -> "JobSubmissionClient":
-    if not address.startswith(("http://", "https://")):
-        raise UsageError(f"--submit {address}: write it as http://HOST:8265")
-    # Ray reads the mode when it is imported, and clients do not look for a token by themselves.
+def use_token() -> None:
+    """Have Ray send the token that is there to a cluster whose address is given.
+
+    It does so by itself only where it finds a cluster of this machine. Before it is imported, since
+    it reads the mode then.
+    """
     token = Path("~/.ray/auth_token").expanduser()
     has_token = token.exists() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+
+
+def _client(address: str) -> "JobSubmissionClient":
+    if not address.startswith(("http://", "https://")):
+        raise UsageError(f"--submit {address}: write it as http://HOST:8265")
+    use_token()
     logging.getLogger("ray").setLevel(logging.ERROR)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient

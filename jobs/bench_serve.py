@@ -101,7 +101,7 @@ def _server(side: str, bundle: str, scan: str) -> Iterator[_Server]:
     port = free_port()
     peer, _, runtime = side.partition(", ")
     if side == "bt":
-        words = [sys.executable, "-m", "jobs.serve", bundle, "--port", str(port)]
+        words = [sys.executable, "-m", "jobs.serve", bundle, "--haproxy", "--port", str(port)]
         field, path = "files", "/v1/predictions"
     else:
         words = [sys.executable, "-m", f"jobs.peers.with_{peer}", bundle, str(port)]
@@ -113,7 +113,7 @@ def _server(side: str, bundle: str, scan: str) -> Iterator[_Server]:
         url = f"http://127.0.0.1:{port}{path}"
         server = _Server(psutil.Process(process.pid), url, field, scan)
         try:
-            if not _answers(server):
+            if not _answers(server, process):
                 log.seek(0)
                 said = log.read().decode(errors="replace")[-400:]
                 raise RunError(f"{side} did not start: {said}")
@@ -126,14 +126,14 @@ def _server(side: str, bundle: str, scan: str) -> Iterator[_Server]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _answers(server: _Server) -> bool:
+def _answers(server: _Server, process: "subprocess.Popen[bytes]") -> bool:
     """Wait until a server has answered a scan; return whether it has."""
     import httpx
 
     with open(server.scan, "rb") as opened:
         content = opened.read()
     deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and server.process.is_running():
+    while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.post(server.url, files={server.field: content}, timeout=30).is_success:
                 return True

@@ -1,10 +1,12 @@
 """The `bt` command: one subcommand per job module. Heavy imports wait until a job runs."""
 
+import os
 import sys
 from collections.abc import Sequence
 
 import typer
 
+from cluster.submit import use_token
 from jobs import (
     audit,
     bench,
@@ -89,6 +91,8 @@ app.add_typer(keys_app, name="keys", no_args_is_help=True)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `bt` with the given words, or those of this process."""
+    if "RAY_ADDRESS" in os.environ:
+        use_token()
     app(args=list(argv) if argv is not None else None)
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,8 +48,11 @@ def run(
         ),
     ] = None,
     shadow_share: Annotated[
-        float, typer.Option(min=0.0001, max=1.0, help="Of the scans that the shadow gets.")
-    ] = 0.05,
+        float | None,
+        typer.Option(
+            min=0.0001, max=1.0, help="Of the scans that the shadow gets. [default: 0.05]"
+        ),
+    ] = None,
     swap: Annotated[
         bool,
         typer.Option(
@@ -74,6 +78,15 @@ def run(
             help="Folder or URI below which these jobs may write. May be repeated.",
         ),
     ] = None,
+    with_haproxy: Annotated[
+        bool,
+        typer.Option(
+            "--haproxy",
+            help="Let HAProxy listen in place of Serve's own proxy, which takes a third of the "
+            "time. It opens two ports, with its counts, to everybody who reaches this machine: "
+            "for one behind a firewall.",
+        ),
+    ] = False,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,12 +100,17 @@ def run(
     from bt_core.config import apply_overrides, parse
     from bt_core.models.bundle import Bundle
     from serve.access import check_exposure
+    from serve.front import haproxy
     from serve.keys import read_keys
     from serve.settings import ServeSettings
 
     opened = Bundle(bundle)
     if swap:
-        return _swap(opened, device, shadow)
+        if shadow or overrides or keys or audit or with_haproxy or scoring_sources:
+            raise UsageError("--swap changes the bundle alone; of other options it takes --device")
+        return _swap(opened, device)
+    if shadow_share is not None and not shadow:
+        raise UsageError("--shadow-share is for --shadow BUNDLE")
     if bool(scoring_sources) != bool(scoring_outputs):
         raise UsageError("give both --scoring-source and --scoring-output, or neither")
     given = {
@@ -109,7 +127,9 @@ def run(
         read_keys(settings.keys)
     check_exposure(host, settings)
     _check_port(host, port)
-    return _serve(settings, (host, port), device, Bundle(shadow) if shadow else None, shadow_share)
+    beside = Bundle(shadow).location if shadow else None
+    with haproxy(host) if with_haproxy else nullcontext():
+        return _serve(settings, (host, port), device, beside, shadow_share or 0.05)
 
 
 def _refuse_own_options(overrides: list[str], named: set[str]) -> None:
@@ -122,16 +142,15 @@ def _serve(
     settings: "ServeSettings",
     address: tuple[str, int],
     device: str,
-    shadow: "Bundle | None",
+    shadow: str | None,
     shadow_share: float,
 ) -> int:
     """Host until a signal comes."""
     from bt_core.models.bundle import Bundle
     from cluster.session import choose_device, session
-    from serve.front import haproxy
 
     host, port = address
-    with haproxy(host), session(dashboard=bool(settings.scoring_sources)) as resources:
+    with session(dashboard=bool(settings.scoring_sources)) as resources:
         import ray
         from ray import serve
 
@@ -142,7 +161,8 @@ def _serve(
         settings = settings.model_copy(update={"device": chosen})
         beside = None
         if shadow is not None:
-            beside = EnsembleSettings(bundle=shadow.location, device=chosen)
+            own = settings.model_dump(include=set(EnsembleSettings.model_fields))
+            beside = EnsembleSettings(**own | {"bundle": shadow})
         url = start(settings, port, host, beside, shadow_share)
         try:
             bundle_id = Bundle(settings.bundle).info.bundle_id
@@ -156,11 +176,11 @@ def _serve(
     return EXIT_OK
 
 
-def _swap(bundle: "Bundle", device: str, shadow: str | None) -> int:
+def _swap(bundle: "Bundle", device: str) -> int:
     from cluster.session import choose_device, session
 
-    if shadow:
-        raise UsageError("--shadow is for a new bt serve; leave it or --swap out")
+    if "RAY_ADDRESS" not in os.environ:
+        raise UsageError("--swap: set RAY_ADDRESS to what the running bt serve has printed")
     with session() as resources:
         from serve.app import swap
         from serve.settings import EnsembleSettings

@@ -18,10 +18,8 @@ from serve.access import LOOPBACK_HOSTS, check_exposure, is_loopback
 from serve.explaining import ExplainerDeployment
 from serve.gateway import Gateway
 from serve.model import EnsembleDeployment
-from serve.settings import EnsembleSettings, Hosted, ServeSettings, Targets
+from serve.settings import REQUEST_SECONDS, EnsembleSettings, Hosted, ServeSettings, Targets
 
-REQUEST_SECONDS: Final = 60
-"""After which Serve gives a request up, in plain text; the service itself gives up before."""
 GATEWAY: Final = "bt"
 """Name of the application that has the routes."""
 _MAX_MESSAGE: Final = str(256 * 1024**2)
@@ -43,8 +41,13 @@ def ensemble(args: dict[str, object]) -> Application:
         resources["num_gpus"] = settings.gpus_per_replica
     number: dict[str, Any] = {"num_replicas": settings.num_replicas}
     if settings.max_replicas is not None:
-        own = {"min_replicas": settings.num_replicas, "max_replicas": settings.max_replicas}
-        number = {"autoscaling_config": own}
+        number = {
+            "autoscaling_config": {
+                "min_replicas": settings.num_replicas,
+                "max_replicas": settings.max_replicas,
+                "target_ongoing_requests": 1,  # calls of gateways, each of up to 16 scans
+            }
+        }
     return (
         cast(Deployment, EnsembleDeployment)
         .options(**number, ray_actor_options=resources)

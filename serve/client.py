@@ -307,7 +307,7 @@ class Client:
                 if answer.is_success:
                     return answer
                 failure = _failure(answer, of_scan)
-                if answer.status_code not in _AGAIN:
+                if answer.status_code not in _AGAIN and not _is_of_a_proxy(answer):
                     raise failure
                 wait = _retry_after(answer)
             except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout) as error:
@@ -353,6 +353,12 @@ def _failure(answer: httpx.Response, of_scan: bool) -> ClientError:
     # The detail of a refused scan begins with its reason code.
     refused = of_scan and detail.startswith(f"{code}: ")
     return ScanRefusedError(code, detail) if refused else RequestError(code, detail)
+
+
+def _is_of_a_proxy(answer: httpx.Response) -> bool:
+    """Return whether what stands before the server says that it cannot be reached."""
+    is_problem = answer.headers.get("content-type", "").startswith("application/problem+json")
+    return answer.status_code in (500, 502, 504) and not is_problem
 
 
 def _retry_after(answer: httpx.Response) -> float:

@@ -21,7 +21,7 @@ from serve.api import build_api
 from serve.hosted import Explain, Explained, HostedBundle, OverloadedError, Scan
 from serve.model import MAX_BATCH
 from serve.service import ANSWER_SECONDS, Service
-from serve.settings import Hosted, ServeSettings, Targets
+from serve.settings import REQUEST_SECONDS, Hosted, ServeSettings, Targets
 
 TRIES: Final = 3
 """How often a scan is sent when replicas die under it; an answer has no side effects."""
@@ -31,7 +31,8 @@ _GATHER_SECONDS: Final = 0.02
 """For which a scan waits for others at most, to go with them in one call."""
 _MOST_SECONDS: Final = 600.0
 """That an application may take to load its ensemble."""
-_GONE: Final = (BackPressureError, DeploymentUnavailableError, RayActorError)
+_BUSY: Final = (BackPressureError, DeploymentUnavailableError)
+_GONE: Final = (*_BUSY, RayActorError)
 
 
 # Serve's own limits, whose answers are plain text, lie above those of the service.
@@ -39,6 +40,7 @@ _GONE: Final = (BackPressureError, DeploymentUnavailableError, RayActorError)
 @serve.deployment(
     max_ongoing_requests=1000,
     max_surge_percent=100,
+    graceful_shutdown_timeout_s=REQUEST_SECONDS,
     ray_actor_options={"num_cpus": 0.1},
     # The audit log says more, and a line of Serve's costs a sixth of what a request does here.
     logging_config={"enable_access_log": False},
@@ -126,11 +128,7 @@ def hosted_bundle(
         response_serialization="pickle",
     )
 
-    # Here rather than at the replica: a call costs as much as the model needs for a scan.
-    @serve.batch(  # type: ignore[untyped-decorator]
-        max_batch_size=MAX_BATCH, batch_wait_timeout_s=_GATHER_SECONDS, max_concurrent_batches=4
-    )
-    async def predict_all(scans: list[Scan]) -> list[dict[str, Any]]:
+    async def ask(scans: list[Scan]) -> list[dict[str, Any]]:
         of_specs, digests, gates = zip(*scans, strict=True)
         pixels = [np.stack(same) for same in zip(*of_specs, strict=True)]
         for attempt in range(1, TRIES + 1):
@@ -141,9 +139,24 @@ def hosted_bundle(
             except (RayActorError, AioRpcError) as error:
                 if attempt == TRIES:
                     raise OverloadedError from error
-            except (BackPressureError, DeploymentUnavailableError, TimeoutError) as error:
+            # Cancelled: by the replica, which ends.
+            except (*_BUSY, TimeoutError, asyncio.CancelledError) as error:
                 raise OverloadedError from error
         raise AssertionError("unreachable")
+
+    # Here rather than at the replica: a call costs as much as the model needs for a scan.
+    @serve.batch(  # type: ignore[untyped-decorator]
+        max_batch_size=MAX_BATCH, batch_wait_timeout_s=_GATHER_SECONDS, max_concurrent_batches=16
+    )
+    async def predict_all(scans: list[Scan]) -> list[dict[str, Any] | BaseException]:
+        try:
+            return [*await ask(scans)]
+        except RayTaskError as error:  # of one scan, perhaps: it is not to cost others their answer
+            if len(scans) == 1:
+                return [error]
+        alone = (ask([scan]) for scan in scans)
+        found = await asyncio.gather(*alone, return_exceptions=True)
+        return [one if isinstance(one, BaseException) else one[0] for one in found]
 
     num_waiting = 0
 
@@ -153,9 +166,11 @@ def hosted_bundle(
         # One that is alone goes at once; of many, half go while the other half are answered.
         predict_all.set_max_batch_size(min(MAX_BATCH, max(1, num_waiting // 2)))
         try:
-            answer: dict[str, Any] = await predict_all(scan)
+            answer: dict[str, Any] | BaseException = await predict_all(scan)
         finally:
             num_waiting -= 1
+        if isinstance(answer, BaseException):
+            raise answer
         return answer
 
     async def loaded_id() -> str:

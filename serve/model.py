@@ -10,6 +10,7 @@ from ray import serve
 
 from bt_core.ensemble.ensemble import Ensemble
 from bt_core.models.bundle import Bundle
+from serve.settings import REQUEST_SECONDS
 
 MAX_BATCH: Final = 16
 """Scans of online requests that a gateway has answered together."""
@@ -17,7 +18,7 @@ _JOB_SLICE: Final = 4
 """Scans of a job that are answered in one go: so long an online request may have to wait."""
 
 
-@serve.deployment(max_ongoing_requests=4 * MAX_BATCH)
+@serve.deployment(max_ongoing_requests=4 * MAX_BATCH, graceful_shutdown_timeout_s=REQUEST_SECONDS)
 class EnsembleDeployment:
     """Loads a bundle once; its replicas answer in batches.
 

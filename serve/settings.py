@@ -1,11 +1,14 @@
 """Settings of the online side: arguments of its applications, also in a Serve config file."""
 
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from bt_core.config import StrictModel
 from serve.locations import resolved
+
+REQUEST_SECONDS: Final = 60
+"""After which Serve gives a request up, in plain text; the service itself gives up before."""
 
 
 class EnsembleSettings(StrictModel):

@@ -63,13 +63,12 @@ def lines(monkeypatch):
 
 @pytest.fixture(scope="session")
 def ray_session(_environment):
-    """One local Ray with two logical CPUs, whose Serve listens as that of `bt serve` does."""
+    """One local Ray with two logical CPUs."""
     import ray
 
     from cluster.session import session
-    from serve.front import haproxy
 
-    with haproxy(), session(num_cpus=2, dashboard=True) as resources:
+    with session(num_cpus=2, dashboard=True) as resources:
         yield resources
     assert not ray.is_initialized()
 

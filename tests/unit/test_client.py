@@ -181,6 +181,17 @@ def test_a_server_that_is_busy_twice_is_asked_again_when_it_says(client, app, wa
     assert 3 <= waits[1] <= 4
 
 
+def test_what_a_proxy_says_of_a_server_that_is_away_is_no_answer(client, app, waits):
+    """HAProxy says 500 in plain text, and others 502 or 504; a server's own 500 is a problem."""
+    app.faults = [PlainTextResponse("Internal Server Error", 500), PlainTextResponse("", 502)]
+    assert client.predict(SCANS[0]).probabilities
+    assert len(waits) == 2
+    app.faults = [problem(500, "internal_error", "the request failed inside the server")]
+    with pytest.raises(ServerError):
+        client.predict(SCANS[0])
+    assert len(waits) == 2
+
+
 def test_retry_after_may_be_a_time_of_day(client, app, waits):
     then = datetime.now(UTC) + timedelta(seconds=30)
     app.faults = [busy(503, format_datetime(then, usegmt=True)), busy(503, "soon")]
@@ -239,9 +250,6 @@ def test_other_errors_of_the_client_are_sent_once(client, app, waits):
     with pytest.raises(RequestError) as caught:
         client.predict(SCANS[0])
     assert (caught.value.code, caught.value.detail) == ("http_408", "Request timed out")
-    app.faults = [PlainTextResponse("down", 500)]
-    with pytest.raises(ServerError):
-        client.predict(SCANS[0])
     app.faults = [PlainTextResponse("hello"), PlainTextResponse('{"results": [{}]}')]
     for _ in range(2):
         with pytest.raises(ServerError):

@@ -5,6 +5,7 @@ import stat
 
 import pytest
 
+from bt_core.errors import UsageError
 from serve.front import haproxy
 
 
@@ -16,13 +17,14 @@ def _no_variables(monkeypatch):
 
 def test_haproxy_has_files_that_nobody_else_reaches_and_ports_of_its_own():
     before = dict(os.environ)
-    with haproxy("127.0.0.1") as is_on, haproxy("::1"):
-        assert is_on
+    with haproxy():
         assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-        ports = {os.environ[f"RAY_SERVE_HAPROXY_{n}_PORT"] for n in ("METRICS", "STATS")}
-        assert len(ports) == 2
+        ports = {value for name, value in os.environ.items() if name.endswith("_PORT")}
+        assert len(ports - set(before.values())) == 4
+        assert not ports & {"8404", "8500", "9101", "9500"}, "others' servers may have Serve's own"
         admin = os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]
         folder = os.path.dirname(admin)
+        assert os.path.dirname(os.environ["RAY_SERVE_HAPROXY_LOG_TARGET"]) == folder
         assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
         node_id = "0" * 56
         assert len(os.path.join(folder, node_id, os.path.basename(admin))) < 108
@@ -31,21 +33,20 @@ def test_haproxy_has_files_that_nobody_else_reaches_and_ports_of_its_own():
 
 
 def test_what_the_user_has_set_stays(monkeypatch):
-    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
-    with haproxy("localhost") as is_on:
-        assert not is_on
-    assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", "8404")
+    with haproxy():
+        assert os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] == "8404"
+    assert os.environ["RAY_SERVE_HAPROXY_STATS_PORT"] == "8404"
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1"])
-def test_no_other_hosts_clients(host):
-    with haproxy(host) as is_on:
-        assert not is_on
-        assert "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "127.0.0.2", "::1"])
+def test_no_other_host(host):
+    with pytest.raises(UsageError, match=r"on 127\.0\.0\.1 only"), haproxy(host):
+        pass
+    assert "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ
 
 
 def test_not_on_a_cluster_that_runs(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
-    with haproxy() as is_on:
-        assert not is_on
-        assert "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ
+    with pytest.raises(UsageError, match="unset RAY_ADDRESS"), haproxy():
+        pass
