@@ -17,6 +17,7 @@ Errors::
     └── JobTimeoutError          the job did not end in time; it goes on
 """
 
+import hashlib
 import os
 import random
 import time
@@ -178,21 +179,24 @@ class Client:
     def predict_many(self, scans: Iterable[Scan]) -> Iterator[Prediction]:
         """Classify any number of scans, some at a time; yields one result for each, in order.
 
-        One that cannot be used does not raise here: its status is `rejected` or `failed`.
+        One that cannot be used does not raise here: its status is `rejected` or `failed`; of one
+        that is larger than the server takes, no bundle has seen anything.
         """
         remaining = iter(scans)
         while chunk := list(islice(remaining, self._max_files)):
             files = [_part(scan) for scan in chunk]
-            try:
-                yield from self._each(files)
-            except RequestError as error:
-                if error.code != "body_too_large" or len(files) == 1:
-                    raise
-                for file in files:  # together they are more than the server takes at once
-                    yield from self._each([file])
+            yield from self._each(files)
 
     def _each(self, files: list[tuple[str, tuple[str, bytes]]]) -> list[Prediction]:
-        answer = self._json("POST", "/v1/predictions", params={"each": "true"}, files=files)
+        try:
+            answer = self._json("POST", "/v1/predictions", params={"each": "true"}, files=files)
+        except RequestError as error:
+            if error.code != "body_too_large":
+                raise
+            if len(files) > 1:  # together they are more than the server takes at once
+                return [self._each([file])[0] for file in files]
+            digest = hashlib.sha256(files[0][1][1]).hexdigest()
+            return [Prediction(digest, "rejected", error.code, "", "", error.detail)]
         return [_parsed(Prediction, result) for result in answer["results"]]
 
     def explain(self, scan: Scan) -> dict[str, Any]:

@@ -86,7 +86,8 @@ def listening(app):
 def app(tmp_path_factory):
     location = str(tmp_path_factory.mktemp("serve") / "bundle")
     make_bundle(location, sizes=(32,))
-    service = Service(ServeSettings(bundle="unused", max_files=4), LocalBundle(location).hosted)
+    settings = ServeSettings(bundle="unused", max_files=4, max_body_mib=1)
+    service = Service(settings, LocalBundle(location).hosted)
     yield Faulty(build_api(service))
     service.close()
 
@@ -163,6 +164,13 @@ def test_many_scans_go_in_chunks_and_a_bad_one_costs_no_other_its_answer(client,
     (alone,) = client.predict_many([BAD])
     assert alone == answers[3]
     assert list(client.predict_many([])) == []
+
+
+def test_one_that_is_too_large_costs_no_other_its_answer(client):
+    first, large, last = client.predict_many([SCANS[0], b"\0" * 2 * 1024**2, SCANS[1]])
+    assert (large.status, large.reason) == ("rejected", "body_too_large")
+    assert "1 MiB" in large.detail
+    assert [first, last] == list(client.predict_many(SCANS[:2]))
 
 
 def test_a_refused_scan_raises_with_its_reason_and_is_sent_once(client, app):
