@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -16,6 +16,9 @@ from jobs.command import BundleArgument, DeviceOption
 if TYPE_CHECKING:
     from bt_core.models.bundle import Bundle
     from serve.settings import ServeSettings
+
+_AGENT_PORT: Final = 52365
+"""On which Ray's agent takes jobs; ray.init lets nobody choose another."""
 
 
 def run(
@@ -127,9 +130,23 @@ def run(
         read_keys(settings.keys)
     check_exposure(host, settings)
     _check_port(host, port)
+    if settings.scoring_sources and "RAY_ADDRESS" not in os.environ:
+        _check_agent_port()
     beside = Bundle(shadow).location if shadow else None
     with haproxy(host) if with_haproxy else nullcontext():
         return _serve(settings, (host, port), device, beside, shadow_share or 0.05)
+
+
+def _check_agent_port() -> None:
+    """Raise UsageError where Ray's jobs would be taken by nobody, which it would not say."""
+    import socket
+
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", _AGENT_PORT)) == 0:
+            raise UsageError(
+                f"scoring jobs need port {_AGENT_PORT}, which something holds, perhaps another "
+                "Ray of this machine: end it, or leave --scoring-source and --scoring-output out"
+            )
 
 
 def _refuse_own_options(overrides: list[str], named: set[str]) -> None:
@@ -171,8 +188,10 @@ def _serve(
             print(f"another bundle: RAY_ADDRESS={cluster} bt serve BUNDLE --swap")
             print("Ctrl-C stops it", flush=True)
             _wait_for_stop()
+            print("stopping: what was begun is answered first", flush=True)
         finally:
             serve.shutdown()
+    print("stopped")
     return EXIT_OK
 
 

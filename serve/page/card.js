@@ -39,7 +39,8 @@ export class Card {
     this.find(".badge").textContent = badgeOf(result.status);
     const others = result.prediction_set?.length > 1 ? result.prediction_set : [];
     this.find(".why").textContent = whyOf(result, this.reasons) +
-      (others.length ? ` Not ruled out: ${others.map(readable).join(", ")}.` : "");
+      (others.length ? ` Not ruled out: ${others.map(readable).join(", ")}.` : "") +
+      (result.seen_in_training ? " The models learnt from this scan or a copy of it: the answer proves little." : "");
     this.showPicture(result);
     if (!result.probabilities) return;
     this.find(".label").textContent = readable(result.predicted_label);
@@ -159,7 +160,7 @@ function detailsOf(result) {
     ["Classes not ruled out", result.prediction_set.map(readable).join(", ")],
     ["Members that answered", result.members_used.join(", ")],
     ["They ran as", [...new Set(result.runtimes)].join(", ")],
-    ["Seen in training", result.seen_in_training ? "Yes, or a copy of it: the answer proves little" : "No"],
+    ["Seen in training", result.seen_in_training ? "Yes, or a copy of it" : "No"],
     ["Entropy", `${result.entropy.toFixed(3)} nats`],
   ];
   if (result.distance !== null) {

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def server(tmp_path_factory):
     alone, both = certificate(folder)
     port, tls_port, plain_port = free_port(), free_port(), free_port()
     words = [folder / "bundle", "--host", "0.0.0.0", "--port", port, "--keys", keys]
+    words += ["--set", "max_read_seconds=5"]
     command = [sys.executable, "-m", "jobs.serve", *map(str, words), "--audit", str(audit)]
     own = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     places = {
@@ -145,6 +147,21 @@ def test_bt_serve_lets_nobody_in_by_accident(tmp_path, capsys):
     assert "--set keys: it has an option or argument of its own" in capsys.readouterr().err
     assert bt("serve", bundle, "--set", "num_replica=2") == 2
     assert "did you mean 'num_replicas'" in capsys.readouterr().err
+    assert bt("serve", bundle, "--swap", "--keys", "keys.json") == 2
+    assert "--swap changes the bundle alone" in capsys.readouterr().err
+    assert bt("serve", bundle, "--shadow-share", "0.5") == 2
+    assert "is for --shadow" in capsys.readouterr().err
+
+
+def test_scoring_jobs_that_nobody_would_take_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    bundle = make_bundle(tmp_path / "bundle", sizes=(32,)) and tmp_path / "bundle"
+    places = ["--scoring-source", tmp_path, "--scoring-output", tmp_path]
+    with ExitStack() as held:
+        with suppress(OSError):  # this session's Ray may hold it
+            held.enter_context(socket.create_server(("127.0.0.1", 52365)))
+        assert bt("serve", bundle, *places) == 2
+    assert "scoring jobs need port 52365" in capsys.readouterr().err
 
 
 def test_a_key_is_asked_for_until_it_is_revoked(server, capsys):
@@ -246,7 +263,7 @@ def test_a_slow_body_is_cut_off_by_a_problem_document(server, way):
     direct = ("127.0.0.1", int(server.direct.rpartition(":")[2]))
     with server.tls_socket() if way == "proxy" else socket.create_connection(direct) as connection:
         connection.sendall(head.encode())
-        answer = drip(connection, bytes(40), 1.0)
+        answer = drip(connection, bytes(20), 0.5)
         connection.settimeout(60)
         while b"}" not in answer and (more := connection.recv(4096)):
             answer += more

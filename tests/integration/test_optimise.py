@@ -75,6 +75,7 @@ def test_the_optimised_bundle_scores_the_archive_alike(chain, fast, tmp_path):
         assert quick[scan_id]["confidence"] == pytest.approx(row["confidence"], abs=0.0005)
 
 
+@pytest.mark.slow
 def test_a_bundle_can_be_optimised_again_and_back(chain, fast, tmp_path, capsys):
     """Where nothing but the reference passes, no export of an earlier time stays behind."""
     out = tmp_path / "again"

@@ -333,6 +333,7 @@ def test_the_confidence_below_which_float32_answers_is_as_low_as_the_limits_allo
     assert none is None, "what is wrong though it is sure cannot be told"
 
 
+@pytest.mark.slow
 def test_int8_is_taken_or_refused_by_its_figures():
     classifier, preprocessor = member_of("mobilenet")
     compared, ranges = scans_of(preprocessor, 40), scans_of(preprocessor, 16, seed=1)
