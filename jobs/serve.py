@@ -172,14 +172,10 @@ def _serve(
         from ray import serve
 
         from serve.app import start
-        from serve.settings import EnsembleSettings
 
         chosen = choose_device(device, resources)
         settings = settings.model_copy(update={"device": chosen})
-        beside = None
-        if shadow is not None:
-            own = settings.model_dump(include=set(EnsembleSettings.model_fields))
-            beside = EnsembleSettings(**own | {"bundle": shadow})
+        beside = settings.of_ensemble(bundle=shadow) if shadow else None
         url = start(settings, port, host, beside, shadow_share)
         try:
             bundle_id = Bundle(settings.bundle).info.bundle_id

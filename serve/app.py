@@ -113,11 +113,10 @@ def start(
     status = serve.status()
     if status.applications or status.proxies:
         raise UsageError("Ray Serve already runs on this cluster; use another one, or --swap")
-    own = EnsembleSettings(**settings.model_dump(include=set(EnsembleSettings.model_fields)))
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": REQUEST_SECONDS})
     try:
         targets = Targets(
-            ensemble=_deploy(own),
+            ensemble=_deploy(settings.of_ensemble()),
             shadow=shadow and _deploy(shadow),
             shadow_share=shadow_share,
         )
@@ -144,10 +143,9 @@ def swap(new: EnsembleSettings) -> tuple[str, str]:
     state: dict[str, Any] = serve.get_app_handle(GATEWAY).state.remote().result(timeout_s=60)
     before = Targets.model_validate(state["targets"])
     settings = ServeSettings.model_validate(state["settings"])
-    own = settings.model_dump(include=set(EnsembleSettings.model_fields) - {"bundle", "device"})
     if app_of(new.bundle) == before.ensemble.app:
         raise UsageError(f"bundle {new.bundle} answers already")
-    hosted = _deploy(new.model_copy(update=own))
+    hosted = _deploy(settings.of_ensemble(bundle=new.bundle, device=new.device))
     try:
         _point(settings, before.model_copy(update={"ensemble": hosted}))
     except RuntimeError as error:

@@ -113,13 +113,15 @@ class Service:
             raise OverloadedError
         return self._ensemble
 
-    def turn_away_if_full(self) -> None:
-        """Turn a request away before its body is read, which costs more than to refuse it.
+    def turn_away_if_full(self, num_scans: int = 1) -> None:
+        """Turn away what would have to wait for too long; one request alone is always let in.
+
+        Routes ask before they read a body, which costs more than to refuse it.
 
         Raises:
-            OverloadedError: if as many scans as are allowed are being worked on.
+            OverloadedError: if there is no room for so many scans.
         """
-        if self._num_in_flight >= self.settings.max_in_flight:
+        if self._num_in_flight and self._num_in_flight + num_scans > self.settings.max_in_flight:
             self._observer.turned_away()
             raise OverloadedError
 
@@ -272,11 +274,8 @@ class Service:
 
     @contextmanager
     def _admitted(self, num_scans: int) -> Iterator[None]:
-        """Turn away what would have to wait for too long; one request alone is always let in."""
-        limit = self.settings.max_in_flight
-        if self._num_in_flight and self._num_in_flight + num_scans > limit:
-            self._observer.turned_away()
-            raise OverloadedError
+        """Count scans as being worked on, if there is room for them."""
+        self.turn_away_if_full(num_scans)
         self._num_in_flight += num_scans
         try:
             yield

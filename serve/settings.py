@@ -1,6 +1,6 @@
 """Settings of the online side: arguments of its applications, also in a Serve config file."""
 
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -92,6 +92,11 @@ class ServeSettings(EnsembleSettings):
                 "request of that size would never be let in"
             )
         return self
+
+    def of_ensemble(self, **others: Any) -> EnsembleSettings:
+        """Return those of the ensemble, with `others` in place of its own."""
+        own = self.model_dump(include=set(EnsembleSettings.model_fields))
+        return EnsembleSettings(**own | others)
 
 
 class Hosted(StrictModel):
