@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bt_core.errors import EXIT_OK
+from bt_core.errors import EXIT_OK, UsageError
 
 FileArgument = Annotated[
     str, typer.Argument(metavar="FILE", help="Keys file of a server; it holds hashes, no keys.")
@@ -27,8 +27,10 @@ def run_add(
     days: Annotated[int | None, typer.Option("--days", min=1, help="Until it expires.")] = None,
 ) -> int:
     """Make a key and print it, this once; servers that use FILE know it within a request."""
-    from serve.keys import add_key
+    from serve.keys import ROLES, add_key
 
+    if unknown := set(role).difference(ROLES):
+        raise UsageError(f"--role {', '.join(sorted(unknown))}: use one of {', '.join(ROLES)}")
     expires = datetime.now(UTC) + timedelta(days=days) if days else None
     key = add_key(file, name, role, expires)
     print(key)

@@ -1,5 +1,6 @@
 """`bt score`: an archive of scans becomes Parquet rows, one for each scan."""
 
+import os
 import time
 import uuid
 from dataclasses import dataclass
@@ -178,6 +179,11 @@ def _cascade(options: Settings) -> str:
 def _is_via_serve(given: str | None) -> bool:
     if given not in (None, "serve"):
         raise UsageError(f"--via {given}: use serve, or leave it out")
+    if given and "RAY_ADDRESS" not in os.environ:
+        import ray
+
+        if not ray.is_initialized():
+            raise UsageError("--via serve: set RAY_ADDRESS to what bt serve has printed")
     return given is not None
 
 

@@ -9,6 +9,7 @@ program reads `/openapi.json`; this is for people who write one.
 import base64
 import hashlib
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,7 @@ from typing import Any, Final
 import jinja2
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
+from markupsafe import Markup, escape
 
 docs = APIRouter(include_in_schema=False)
 
@@ -28,7 +30,14 @@ code, pre { font-family: ui-monospace, monospace; font-size: 0.9rem; }
 pre { overflow-x: auto; padding: 0.75rem; border: 1px solid; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.75rem 0.3rem 0; }
+h2, code { overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  thead { display: none; }
+  tr, td { display: block; padding: 0; }
+  tr { padding-block: 0.5rem; border-bottom: 1px dotted; }
+}
 """
+_CODE: Final = re.compile(r"`([^`]+)`")
 _POLICY: Final = (
     "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; style-src 'sha256-"
     + base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
@@ -48,12 +57,17 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"type_of": _type_of, "pretty": _pretty}
+    environment.filters |= {"type_of": _type_of, "pretty": _pretty, "marked": _marked}
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _pretty(value: object) -> str:
     return json.dumps(value, indent=2)
+
+
+def _marked(text: str) -> Markup:
+    """Return a description as HTML, with what stands between backticks as code."""
+    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))
 
 
 def _type_of(schema: dict[str, Any]) -> str:

@@ -43,11 +43,11 @@ def allowed_source(location: str, prefixes: Iterable[str]) -> str:
     Raises:
         NotAllowedError: if it lies below none, or is a list, whose rows would name other places.
     """
-    found = resolved(location)
+    found = _resolved("source", location)
     if found.lower().endswith(SUFFIXES):
-        raise NotAllowedError("it is a list, which may name scans elsewhere; give their folder")
+        raise NotAllowedError("source is a list, which may name scans elsewhere; give their folder")
     if not any(_is_below(found, prefix) or found == resolved(prefix) for prefix in prefixes):
-        raise NotAllowedError("it lies below none of the places that the operator allows")
+        raise NotAllowedError("source lies in no place from which the operator lets jobs read")
     return found
 
 
@@ -57,10 +57,17 @@ def allowed_output(location: str, prefixes: Iterable[str]) -> str:
     Raises:
         NotAllowedError: if it lies below none.
     """
-    found = resolved(location)
+    found = _resolved("output", location)
     if not any(_is_below(found, prefix) for prefix in prefixes):
-        raise NotAllowedError("it lies below none of the places that the operator allows")
+        raise NotAllowedError("output lies below no place to which the operator lets jobs write")
     return found
+
+
+def _resolved(field: str, location: str) -> str:
+    try:
+        return resolved(location)
+    except NotAllowedError as error:
+        raise NotAllowedError(f"{field}: {error}") from error
 
 
 def _is_below(found: str, prefix: str) -> bool:

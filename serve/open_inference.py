@@ -4,10 +4,12 @@ The specification is https://github.com/kserve/open-inference-protocol (REST). A
 of a BYTES tensor: base64 text in JSON, or as it is by the extension of binary tensors.
 """
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response
+from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from bt_core import __version__
@@ -49,6 +51,22 @@ _BODY: Final[dict[str, Any]] = {
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 ModelName = Annotated[str, Path(description=f"Always `{MODEL_NAME}`.", examples=[MODEL_NAME])]
+Version = Annotated[str, Field(description="Id of the bundle that answers.")]
+Route = Callable[..., Awaitable[Any]]
+
+
+def _of_model(
+    method: str, end: str, names: tuple[str, str], **options: Any
+) -> Callable[[Route], Route]:
+    """Declare a route of the model, and the same of its version, under two operation ids."""
+
+    def declared(route: Route) -> Route:
+        for part, name in zip(("", "/versions/{version}"), names, strict=True):
+            path = f"/models/{{model}}{part}{end}"
+            router.add_api_route(path, route, methods=[method], operation_id=name, **options)
+        return route
+
+    return declared
 
 
 @router.get(
@@ -78,21 +96,15 @@ async def server_ready(service: ServiceOf) -> Any:
     return {"ready": True} if ready.status_code == 200 else ready
 
 
-@router.get(
-    "/models/{model}",
+@_of_model(
+    "GET",
+    "",
+    ("model_metadata", "model_version_metadata"),
     response_model=ModelMetadata,
-    operation_id="model_metadata",
     dependencies=[require()],
     responses=answers(401, 404),
 )
-@router.get(
-    "/models/{model}/versions/{version}",
-    response_model=ModelMetadata,
-    operation_id="model_version_metadata",
-    dependencies=[require()],
-    responses=answers(401, 404),
-)
-async def model_metadata(service: ServiceOf, model: ModelName, version: str = "") -> Any:
+async def model_metadata(service: ServiceOf, model: ModelName, version: Version = "") -> Any:
     """Describe the bundle's input and outputs."""
     _check_name(service.ensemble, model, version)
     info = service.ensemble.info
@@ -110,44 +122,33 @@ async def model_metadata(service: ServiceOf, model: ModelName, version: str = ""
     }
 
 
-@router.get(
-    "/models/{model}/ready",
+@_of_model(
+    "GET",
+    "/ready",
+    ("model_ready", "model_version_ready"),
     response_model=ModelReady,
-    operation_id="model_ready",
     dependencies=[require()],
     responses=answers(401, 404, 503),
 )
-@router.get(
-    "/models/{model}/versions/{version}/ready",
-    response_model=ModelReady,
-    operation_id="model_version_ready",
-    dependencies=[require()],
-    responses=answers(401, 404, 503),
-)
-async def model_ready(service: ServiceOf, model: ModelName, version: str = "") -> Any:
+async def model_ready(service: ServiceOf, model: ModelName, version: Version = "") -> Any:
     """Say whether the ensemble is loaded."""
     _check_name(service.ensemble, model, version)
     ready = await readyz(service)
     return {"name": MODEL_NAME, "ready": True} if ready.status_code == 200 else ready
 
 
-@router.post(
-    "/models/{model}/infer",
+@_of_model(
+    "POST",
+    "/infer",
+    ("infer", "infer_version"),
     response_model=InferResponse,
-    operation_id="infer",
     dependencies=[require("predict")],
     openapi_extra=_BODY,
     responses=answers(400, 401, 403, 404, 408, 413, 429, 503),
 )
-@router.post(
-    "/models/{model}/versions/{version}/infer",
-    response_model=InferResponse,
-    operation_id="infer_version",
-    dependencies=[require("predict")],
-    openapi_extra=_BODY,
-    responses=answers(400, 401, 403, 404, 408, 413, 429, 503),
-)
-async def infer(request: Request, service: ServiceOf, model: ModelName, version: str = "") -> Any:
+async def infer(
+    request: Request, service: ServiceOf, model: ModelName, version: Version = ""
+) -> Any:
     """Classify scans; each has a status, and a reason where it is not `scored`.
 
     A scan that cannot be used has no label and, as probabilities, nulls (NaN in binary).

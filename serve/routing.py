@@ -1,5 +1,6 @@
 """What routes of several modules share: the service, the uploads, the documents of refusals."""
 
+from http import HTTPStatus
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Request
@@ -45,7 +46,8 @@ def answers(*codes: int) -> dict[int | str, dict[str, Any]]:
     schema = {"$ref": f"{REF_PREFIX}Problem"}
     content = {"application/problem+json": {"schema": schema}}
     return {
-        code: {"model": Problem, "content": content, "description": "Problem"} for code in codes
+        code: {"model": Problem, "content": content, "description": HTTPStatus(code).phrase}
+        for code in codes
     }
 
 

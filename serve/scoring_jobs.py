@@ -38,7 +38,10 @@ async def _owner(request: Request) -> str:
 
 JobsOf = Annotated[ScoringJobs, Depends(_jobs)]
 Owner = Annotated[str, Depends(_owner)]
-JobId = Annotated[str, Path(max_length=100, examples=["bt-scoring-" + "0" * 32])]
+JobId = Annotated[
+    str,
+    Path(max_length=100, description="As given back.", examples=["bt-scoring-" + "0" * 32]),
+]
 Key = Annotated[
     str | None,
     Header(

@@ -1,9 +1,9 @@
 """Routes that classify scans, explain answers and describe the bundle; and whether it answers."""
 
 import asyncio
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from serve.access import require
@@ -19,6 +19,15 @@ from serve.schemas import (
 )
 
 _READY_TIMEOUT_SECONDS: Final = 5.0
+
+Pictures = Annotated[
+    bool,
+    Query(description="Give each scan as a PNG, too: few programs show DICOM or NIfTI."),
+]
+Each = Annotated[
+    bool,
+    Query(description="Give a single file that cannot be used a result, and no problem document."),
+]
 
 v1 = APIRouter(prefix="/v1", tags=["v1"])
 health = APIRouter(tags=["health"])
@@ -37,14 +46,13 @@ health = APIRouter(tags=["health"])
     },
 )
 async def predict(
-    request: Request, service: ServiceOf, pictures: bool = False, each: bool = False
+    request: Request, service: ServiceOf, pictures: Pictures = False, each: Each = False
 ) -> Any:
     """Classify scans, sent as the multipart field `files` or one as the raw body.
 
     Of several, each has a result of its own: one that cannot be used gets the status `rejected` or
     `failed`, and the others their answers. A single one that cannot be used is a problem document,
-    or with `each` a result as well. `pictures` asks for each scan's picture: few programs show
-    DICOM or NIfTI.
+    or with `each` a result as well.
     """
     service.turn_away_if_full()
     uploads = await read_uploads(request, service.settings.max_files)

@@ -201,6 +201,7 @@ def test_the_description_is_read_without_a_script(guarded):
     assert f"style-src 'sha256-{digest}'" in page.headers["content-security-policy"]
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "<script" not in page.text
+    assert "`" not in page.text, "code is marked as such"
     assert " style=" not in page.text
     assert not re.search('(src|href)="(?![#/])', page.text), "it loads and leads nowhere else"
     document = guarded.get("/openapi.json").json()
@@ -208,6 +209,8 @@ def test_the_description_is_read_without_a_script(guarded):
         assert path in page.text
         for operation in operations.values():
             assert escape(operation["summary"]) in page.text
+            for parameter in operation.get("parameters", []):
+                assert parameter.get("description"), f"{path}: {parameter['name']} says nothing"
     for name in document["components"]["schemas"]:
         assert f'id="{name}"' in page.text
     assert set(re.findall('href="#([^"]*)"', page.text)) <= set(

@@ -174,4 +174,4 @@ def test_the_commands(file, capsys):
     assert bt("keys", "add", file, *here) == 2
     assert "run it where the server is" in capsys.readouterr().err
     assert bt("keys", "add", file, "--name", "c", "--role", "everything") == 2
-    assert "roles.0" in capsys.readouterr().err
+    assert "--role everything: use one of predict" in capsys.readouterr().err

@@ -58,8 +58,8 @@ def test_what_does_not_is_none(location):
 
 def test_an_output_lies_below_a_prefix_and_is_not_one():
     assert allowed_output("/srv/scans/out", PREFIXES) == "/srv/scans/out"
-    for location in (*PREFIXES, "/srv/scans/", "/srv/scans/."):
-        with pytest.raises(NotAllowedError):
+    for location in (*PREFIXES, "/srv/scans/", "/srv/scans/.", "relative"):
+        with pytest.raises(NotAllowedError, match=r"^output"):
             allowed_output(location, PREFIXES)
 
 
