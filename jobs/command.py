@@ -265,6 +265,8 @@ def _submit(address: str, name: str, arguments: dict[str, Any]) -> int:
 
     if name.startswith("keys "):  # a cluster keeps what its jobs print
         raise UsageError(f"bt {name} works on files of this machine; run it where the server is")
+    if name.startswith(("jobs ", "cluster ")):
+        raise UsageError(f"bt {name} is not run as a job; leave --submit out")
     out = arguments.get("out")
     given = any(word.removeprefix("--out=").removeprefix("-o") == out for word in sys.argv)
     if out is not None and not (out and given):  # a default lies in the job's own folder, then lost

@@ -1,6 +1,5 @@
 """`bt demo`: the whole chain on one archive, in one Ray session."""
 
-import socket
 from typing import Annotated
 
 import typer
@@ -84,6 +83,7 @@ def _serve_one(bundle: str, source: str, scores: str) -> None:
     import requests
     from ray import serve
 
+    from cluster.local import free_port
     from serve.app import start
     from serve.settings import ServeSettings
 
@@ -100,13 +100,6 @@ def _serve_one(bundle: str, source: str, scores: str) -> None:
         print(f"POST /v1/predictions: {result['predicted_label']} ({result['confidence']:.3f})")
     finally:
         serve.shutdown()
-
-
-def free_port() -> int:
-    """Return a TCP port on loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _summary(out: str) -> None:

@@ -113,15 +113,17 @@ class Service:
             raise OverloadedError
         return self._ensemble
 
-    def turn_away_if_full(self, num_scans: int = 1) -> None:
-        """Turn away what would have to wait for too long; one request alone is always let in.
+    def turn_away_if_full(self) -> None:
+        """Turn away what would have to wait for too long.
 
-        Routes ask before they read a body, which costs more than to refuse it.
+        However many scans a request holds, it needs one free place only: else those of many would
+        never get in among those of one. Routes ask before they read a body, which costs more than
+        to refuse it.
 
         Raises:
-            OverloadedError: if there is no room for so many scans.
+            OverloadedError: if there is no room.
         """
-        if self._num_in_flight and self._num_in_flight + num_scans > self.settings.max_in_flight:
+        if self._num_in_flight >= self.settings.max_in_flight:
             self._observer.turned_away()
             raise OverloadedError
 
@@ -275,7 +277,7 @@ class Service:
     @contextmanager
     def _admitted(self, num_scans: int) -> Iterator[None]:
         """Count scans as being worked on, if there is room for them."""
-        self.turn_away_if_full(num_scans)
+        self.turn_away_if_full()
         self._num_in_flight += num_scans
         try:
             yield

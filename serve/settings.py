@@ -40,8 +40,9 @@ class ServeSettings(EnsembleSettings):
     """Of a whole request."""
     max_files: int = Field(32, ge=1)
     """Scans of one request."""
-    max_in_flight: int = Field(64, ge=1)
-    """Scans that a gateway works on at once; whoever comes then is asked to come again."""
+    max_in_flight: int = Field(16, ge=1)
+    """Scans that a gateway works on when it begins to turn requests away. More keep more copies of
+    an ensemble at work, and let everybody wait longer."""
     keys: str | None = None
     """Keys file of `bt keys`, on every host of a gateway; followed while it changes."""
     allow_anonymous: bool = False

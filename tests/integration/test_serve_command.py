@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from bt_core.models.bundle import Bundle
-from jobs.demo import free_port
+from cluster.local import free_port
 from tests.conftest import bt_process
 from tests.tiny_bundle import make_bundle
 

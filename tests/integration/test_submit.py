@@ -2,10 +2,11 @@
 
 import pytest
 import ray
+from ray.job_submission import JobSubmissionClient
 
 from bt_core.errors import EXIT_USAGE
 from jobs.command import _job_arguments
-from tests.conftest import bt_process
+from tests.conftest import bt, bt_process
 
 pytestmark = pytest.mark.integration
 
@@ -47,3 +48,28 @@ def test_only_paths_are_rewritten_and_submit_is_dropped(monkeypatch, tmp_path):
     assert _job_arguments("score", argv, arguments) == [
         f"{tmp_path}/b", "s3://bucket/x.zip", f"--out={tmp_path}/o", "--overwrite"
     ]  # fmt: skip
+
+
+def test_jobs_are_listed_followed_and_stopped(dashboard, capsys):
+    client = JobSubmissionClient(dashboard)
+    done = client.submit_job(entrypoint="echo a line of its log; exit 3")
+    assert bt("jobs", "follow", done, "--cluster", dashboard) == 3
+    assert "a line of its log" in capsys.readouterr().out
+    endless = client.submit_job(entrypoint="sleep 600")
+    assert bt("jobs", "list", "--cluster", dashboard) == 0
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "FAILED" in told[done]
+    assert "sleep 600" in told[endless]
+    assert list(told).index(done) < list(told).index(endless), "the oldest comes first"
+    assert bt("jobs", "stop", endless, "--cluster", dashboard) == 0
+    assert "STOPPED" in capsys.readouterr().out
+    assert str(client.get_job_status(endless)) == "STOPPED"
+
+
+def test_a_job_that_is_not_there_is_said_so(dashboard, capsys):
+    for verb in ("follow", "stop"):
+        assert bt("jobs", verb, "nothing", "--cluster", dashboard) == EXIT_USAGE
+        assert "no job nothing; bt jobs list" in capsys.readouterr().err
+    assert bt("jobs", "list", "--cluster", "http://127.0.0.1:1") == EXIT_USAGE
+    assert bt("jobs", "list", "--submit", dashboard) == EXIT_USAGE
+    assert "leave --submit out" in capsys.readouterr().err

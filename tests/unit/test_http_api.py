@@ -99,6 +99,20 @@ def test_more_than_it_can_work_on_is_turned_away_at_once(ensemble, service):
         ensemble.seconds = 0.0
 
 
+def test_a_request_of_many_scans_gets_in_where_one_of_one_would(ensemble, service):
+    async def both():
+        first = asyncio.ensure_future(service.answer_all([(SCANS[0], "")] * 5))
+        await asyncio.sleep(0)
+        second = await service.answer_all([(SCANS[1], "")] * 4)
+        return len(await first), len(second)
+
+    ensemble.seconds = 0.1
+    try:
+        assert asyncio.run(both()) == (5, 4)
+    finally:
+        ensemble.seconds = 0.0
+
+
 @pytest.mark.parametrize("path", ["/v1/predictions", "/v1/explanations", "/v2/models/bt/infer"])
 def test_where_there_is_no_room_a_body_is_not_even_read(ensemble, service, path):
     read = []

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from bt_core.errors import UsageError
 from bt_core.log import logger
-from cluster.submit import job_environment, submit
+from cluster.submit import job_environment, submit, use_token
 from jobs.cli import app
 from jobs.command import _LOCATIONS
 
@@ -82,3 +83,33 @@ def test_every_parameter_that_is_a_path_is_made_absolute() -> None:
                         found.add(name)
     assert found
     assert found <= _LOCATIONS
+
+
+@pytest.mark.parametrize(
+    ("address", "mode"),
+    [
+        ("127.0.0.1:6379", "disabled"),
+        ("http://localhost:8265", "disabled"),
+        ("[::1]:6379", "disabled"),
+        ("auto", "disabled"),
+        ("10.0.0.5:6379", None),
+        ("http://head:8265", None),
+        ("ray://head:10001", None),
+    ],
+)
+def test_a_cluster_elsewhere_is_not_asked_without_a_token(
+    address: str, mode: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # so that what is set below is undone, too
+        monkeypatch.delenv(name)
+    if mode is None:
+        with pytest.raises(UsageError, match="RAY_AUTH_MODE=disabled uses it nevertheless"):
+            use_token(address)
+        assert "RAY_AUTH_MODE" not in os.environ
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("secret")
+        mode = "token"
+    use_token(address)
+    assert os.environ["RAY_AUTH_MODE"] == mode

@@ -1,0 +1,180 @@
+"""Nodes of a Ray cluster on this machine: several, for trying, or one that joins another's head."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from bt_core.errors import RunError, UsageError
+from cluster.submit import SCORING_JOB, TOKEN_FILE, has_token
+
+_START_SECONDS: Final = 120.0
+_END_SECONDS: Final = 30.0
+_MEMORY_SHARE: Final = 0.3
+"""Of this machine's memory for the object stores of all its nodes, as Ray takes for one."""
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """What a node has.
+
+    Attributes:
+        host: its address, on which it listens.
+        num_cpus: logical CPUs.
+        num_gpus: likewise.
+        memory_share: of this machine's memory, for its object store.
+    """
+
+    host: str
+    num_cpus: int
+    num_gpus: int = 0
+    memory_share: float = _MEMORY_SHARE
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that runs.
+
+    Attributes:
+        process: `ray start`, which ends when one of the node's own processes does.
+        log: what it says.
+    """
+
+    process: subprocess.Popen[bytes]
+    log: BinaryIO
+
+    def check(self) -> None:
+        """Raise RunError if it has ended."""
+        if self.process.poll() is not None:
+            raise RunError(f"a node has ended: {self._last_line()}")
+
+    def wait_until_started(self) -> None:
+        """Return when it works.
+
+        Raises:
+            RunError: if it ends, or takes too long.
+        """
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            self.check()
+            if b"Ray runtime started" in self._said():
+                return
+            time.sleep(0.2)
+        raise RunError(f"a node does not start: {self._last_line()}")
+
+    def _said(self) -> bytes:
+        self.log.seek(0)
+        return self.log.read()
+
+    def _last_line(self) -> str:
+        lines = self._said().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+@contextmanager
+def head(options: NodeOptions, port: int, dashboard_port: int) -> Iterator[Node]:
+    """Run a head, with a dashboard on loopback that takes jobs, while the block runs.
+
+    Raises:
+        UsageError: if a port is taken or Ray's protection by a token is switched off.
+        RunError: if it does not start.
+    """
+    for taken in (port, dashboard_port):
+        _check_free(options.host if taken == port else "127.0.0.1", taken)
+    words = [
+        "--head", f"--port={port}", "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard_port}", f"--resources={json.dumps({SCORING_JOB: 1})}",
+    ]  # fmt: skip
+    with _node(options, words) as node:
+        yield node
+
+
+@contextmanager
+def worker(options: NodeOptions, address: str) -> Iterator[Node]:
+    """Run a node that joins the head at an address, while the block runs; as `head`."""
+    with _node(options, [f"--address={address}"]) as node:
+        yield node
+
+
+@contextmanager
+def _node(options: NodeOptions, words: list[str]) -> Iterator[Node]:
+    _make_token()
+    agent, runtime_env = free_port(options.host), free_port(options.host)
+    memory = int(options.memory_share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    # Its own folder: what Ray notes in the usual one would lead other commands here.
+    folder = tempfile.mkdtemp(prefix="bt-ray-")
+    line = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *words,
+        f"--node-ip-address={options.host}", f"--num-cpus={options.num_cpus}",
+        f"--num-gpus={options.num_gpus}", f"--object-store-memory={memory}",
+        f"--dashboard-agent-listen-port={agent}", f"--runtime-env-agent-port={runtime_env}",
+        "--disable-usage-stats", f"--temp-dir={folder}",
+    ]  # fmt: skip
+    # A session of its own: Ctrl-C is for this process, which ends its nodes in their order.
+    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+    path = (
+        f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # `python` of jobs
+    )
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            line, env=environment | {"PATH": path}, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            node = Node(process, log)
+            node.wait_until_started()
+            yield node
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_END_SECONDS)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_token() -> None:
+    """Make the token that every request to a cluster must show, if there is none.
+
+    Raises:
+        UsageError: if protection by it is switched off.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        raise UsageError(
+            f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}: whoever reaches a cluster without a "
+            "token runs code on it, so none is started; unset the variable"
+        )
+    if not has_token():  # by Ray itself; it prints the token
+        command = [sys.executable, "-m", "ray.scripts.scripts", "get-auth-token", "--generate"]
+        environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    if (file := TOKEN_FILE.expanduser()).exists():
+        file.chmod(0o600)
+
+
+def _check_free(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise UsageError(
+                f"cannot listen on {host} port {port} ({why}); choose another"
+            ) from error
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a TCP port of an address of this machine that nobody listens on."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,93 @@
+"""`bt cluster`: a Ray cluster of several nodes on this machine, or a node that joins one."""
+
+import os
+import signal
+import threading
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bt_core.errors import EXIT_OK
+
+if TYPE_CHECKING:
+    from cluster.local import Node
+
+HostOption = Annotated[
+    str, typer.Option(metavar="ADDRESS", help="Of this machine, on which the node listens.")
+]
+
+
+def run_up(
+    nodes: Annotated[int, typer.Option(min=1, help="That work, beside the head.")] = 2,
+    cpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="Logical CPUs of each. [default: its share of the cores]"),
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of each.")] = 0,
+    host: HostOption = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the head.")] = 6379,
+    dashboard_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Of the dashboard, on loopback only.")
+    ] = 8265,
+) -> int:
+    """Run a cluster of several nodes on this machine until Ctrl-C, for trying what runs on many.
+
+    Who has no token, ~/.ray/auth_token, gets no answer from it.
+    """
+    from cluster.local import NodeOptions, head, worker
+
+    cores = len(os.sched_getaffinity(0))
+    share = 0.3 / (nodes + 1)
+    own = NodeOptions(host, cpus or max(1, cores // nodes), gpus, share)
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    stopped = _stop_signal()
+    with ExitStack() as stack:
+        first = NodeOptions(host, 0, 0, share)  # as in ray_cluster.yaml, it only coordinates
+        running = [stack.enter_context(head(first, port, dashboard_port))]
+        running += [stack.enter_context(worker(own, address)) for _ in range(nodes)]
+        print(f"{nodes} nodes of {own.num_cpus} CPUs and a head at {address}")
+        print(f"as jobs: bt COMMAND ... --submit http://127.0.0.1:{dashboard_port}")
+        print(f"from here: RAY_ADDRESS={address} bt COMMAND ...")
+        if host != "127.0.0.1":
+            print(f"more nodes: bt cluster join {address} --host ADDRESS, with the same token")
+        print("Ctrl-C ends it", flush=True)
+        _wait(stopped, running[0])
+        print("ending", flush=True)
+    return EXIT_OK
+
+
+def run_join(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of the head.")],
+    host: HostOption,
+    cpus: Annotated[
+        int | None, typer.Option(min=0, help="Logical CPUs. [default: the cores]")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs.")] = 0,
+) -> int:
+    """Let this machine work for a cluster elsewhere until Ctrl-C, with the same token."""
+    from cluster.local import NodeOptions, worker
+
+    num_cpus = len(os.sched_getaffinity(0)) if cpus is None else cpus
+    stopped = _stop_signal()
+    with worker(NodeOptions(host, num_cpus, gpus), address) as node:
+        print(f"{num_cpus} CPUs at {host} work for {address}; Ctrl-C ends it", flush=True)
+        _wait(stopped, node)
+    return EXIT_OK
+
+
+def _stop_signal() -> threading.Event:
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    return stopped
+
+
+def _wait(stopped: threading.Event, node: "Node") -> None:
+    """Return at a signal.
+
+    Raises:
+        RunError: if the node ends by itself.
+    """
+    while not stopped.wait(1.0):
+        node.check()
