@@ -1,0 +1,216 @@
+"""Commands as jobs on `bt cluster up`: several raylets, a token, scans and results in S3."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import requests
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+from bt_core import storage
+from bt_core.errors import EXIT_USAGE
+from bt_core.scans.phantom import write_archive
+from cluster.local import free_port
+from tests.conftest import SMALL
+
+pytestmark = pytest.mark.integration
+BT = Path(sys.executable).with_name("bt")
+
+
+@dataclass
+class Cluster:
+    """A cluster in a process of its own, with a home, and so a token, of its own."""
+
+    process: subprocess.Popen[str]
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+
+    def bt(self, *words, **changed):
+        """Run a command against it, as a user would in a shell."""
+        line = [str(BT), *map(str, words)]
+        environment = {k: v for k, v in (self.environment | changed).items() if v is not None}
+        return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+
+    def job(self, *words):
+        """Run a command as a job; return what it printed."""
+        done = self.bt(*words, "--submit", self.dashboard)
+        assert done.returncode in (0, 3), done.stdout + done.stderr
+        return done.stdout
+
+    def end(self):
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.wait(120) == 0
+
+
+def started(home, store, *words):
+    """Start `bt cluster up` and return it when it says that it is up."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= store | {"HOME": str(home), "TMPDIR": str(home)}
+    port, dashboard = free_port(), free_port()
+    line = [str(BT), "cluster", "up", "--port", str(port), "--dashboard-port", str(dashboard)]
+    process = subprocess.Popen([*line, *words], env=environment, stdout=subprocess.PIPE, text=True)
+    said = ""
+    while "Ctrl-C" not in said:
+        text = process.stdout.readline()
+        assert text, f"it ended with {process.wait()} after: {said}"
+        said += text
+    return Cluster(process, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment)
+
+
+@pytest.fixture(scope="module")
+def store():
+    """An S3 server on loopback with a bucket, as variables of the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    variables = {
+        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        bucket = fs.S3FileSystem(
+            endpoint_override=variables["AWS_ENDPOINT_URL"], allow_bucket_creation=True
+        )
+        bucket.create_dir("site")
+        yield variables
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(store, tmp_path_factory):
+    running = started(tmp_path_factory.mktemp("home"), store, "--nodes", "2", "--cpus", "1")
+    yield running
+    running.end()
+    assert not list(Path(running.environment["HOME"]).glob("bt-ray-*")), "it leaves nothing"
+
+
+def test_nobody_without_the_token_is_answered(cluster, tmp_path):
+    token = Path(cluster.environment["HOME"], ".ray", "auth_token")
+    assert token.stat().st_mode & 0o077 == 0
+    assert requests.get(f"{cluster.dashboard}/api/jobs/", timeout=30).status_code == 401
+    words = ("jobs", "list", "--cluster", cluster.dashboard)
+    assert cluster.bt(*words).returncode == 0
+    for changed in (
+        {"HOME": str(tmp_path)},
+        {"RAY_AUTH_TOKEN": "of somebody else", "RAY_AUTH_MODE": "token"},
+    ):
+        refused = cluster.bt(*words, **changed)
+        assert refused.returncode == EXIT_USAGE, refused.stdout + refused.stderr
+        assert "check the address and the token" in refused.stderr
+        phantom = ("phantom", tmp_path / "x.zip", "--num-per-class", 1)
+        assert cluster.bt(*phantom, "--submit", cluster.dashboard, **changed).returncode == 2
+    assert not (tmp_path / "x.zip").exists()
+
+
+def test_it_listens_on_loopback_only(cluster):
+    listening = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout
+    ports = {cluster.address.rpartition(":")[2], cluster.dashboard.rpartition(":")[2]}
+    places = {line.split()[3] for line in listening.splitlines()}
+    assert {p for p in places if p.rpartition(":")[2] in ports} == {
+        f"127.0.0.1:{port}" for port in ports
+    }
+
+
+def test_without_protection_none_is_started(tmp_path):
+    line = [str(BT), "cluster", "up", "--port", str(free_port())]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path)}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_USAGE
+    assert "runs code on it, so none is started; unset the variable" in done.stderr
+
+
+def test_a_port_that_is_taken_is_said_so(cluster):
+    port = cluster.address.rpartition(":")[2]
+    done = cluster.bt("cluster", "up", "--port", port, "--dashboard-port", free_port())
+    assert done.returncode == EXIT_USAGE
+    assert f"port {port}" in done.stderr
+
+
+def test_an_archive_in_a_bucket_is_scored_into_the_bucket(cluster, chain, tmp_path):
+    """Each scan has the row that it has where all lies on a disk of one machine."""
+    site = "s3://site/scored"
+    storage.write_bytes(f"{site}/scans.zip", chain.archive.read_bytes())
+    for file in chain.bundle.rglob("*"):
+        if file.is_file():
+            at = f"{site}/bundle/{file.relative_to(chain.bundle)}"
+            storage.write_bytes(at, file.read_bytes())
+    cluster.job("score", f"{site}/bundle", f"{site}/scans.zip", "-o", f"{site}/out")
+    manifest = storage.read_json(f"{site}/out/manifest.json")
+    own = json.loads((chain.scores / "manifest.json").read_text())
+    names = ("n_in", "scored", "deferred", "rejected", "failed", "bundle_id")
+    assert {name: manifest[name] for name in names} == {name: own[name] for name in names}
+    places = ["scored_at", "uri", "scan_id"]
+    remote = storage.read_table(f"{site}/out/scores").drop_columns(places).sort_by("member")
+    local = pq.read_table(chain.scores / "scores").drop_columns(places).sort_by("member")
+    assert remote.equals(local)
+
+
+@pytest.mark.slow
+def test_four_nodes_do_the_whole_chain_as_jobs(store, tmp_path):
+    running = started(tmp_path, store, "--nodes", "4", "--cpus", "1")
+    site = "s3://site/whole"
+    archive, sweep = tmp_path / "scans.zip", tmp_path / "sweep.yaml"
+    write_archive(str(archive), num_per_class=20, size_px=96)
+    storage.write_bytes(f"{site}/scans.zip", archive.read_bytes())
+    sweep.write_text(
+        "recipes: [cnn_small]\nsearch: grid\nscheduler: none\nfolds: 2\n"
+        "space: {train.learning_rate: [0.001, 0.003]}\n"
+        "fixed: {preprocess.size_px: 48, train.batch_size: 8, train.epochs: 2}\n"
+    )
+    storage.write_bytes(f"{site}/sweep.yaml", sweep.read_bytes())
+    try:
+        data, run, bundle = f"{site}/data", f"{site}/runs/cnn", f"{site}/bundle"
+        running.job("prepare", f"{site}/scans.zip", "-o", data, "--recipe", "cnn_small")
+        common = ["--data", data, *SMALL, "--set", "train.epochs=3"]
+        running.job("train", "--recipe", "cnn_small", *common, "--num-workers", 2, "-o", run)
+        assert storage.read_json(f"{run}/run.json")["num_workers"] == 2
+        running.job("tune", sweep, "--data", data, "--cpus-per-trial", 1, "-o", f"{site}/sweep")
+        assert storage.read_table(f"{site}/sweep/leaderboard.parquet").num_rows == 2
+        running.job("ensemble", run, "-o", bundle)
+        running.job("evaluate", bundle, "--data", data, "-o", f"{site}/report")
+        running.job("score", bundle, f"{site}/scans.zip", "-o", f"{site}/scores")
+        assert storage.read_json(f"{site}/scores/manifest.json")["n_in"] == 80
+        answer_as_a_job(running, bundle, archive)
+    finally:
+        running.end()
+
+
+def answer_as_a_job(running, bundle, archive):
+    """Serve on the cluster from a job, ask for one scan, stop the job."""
+    import zipfile
+
+    port = free_port()
+    with zipfile.ZipFile(archive) as file:
+        content = file.read(file.namelist()[0])
+    line = [str(BT), "serve", bundle, "--port", str(port), "--submit", running.dashboard]
+    job = subprocess.Popen(line, env=running.environment, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and job.poll() is None:
+            try:
+                answer = requests.post(
+                    f"http://127.0.0.1:{port}/v1/predictions", data=content, timeout=60
+                )
+                break
+            except requests.ConnectionError:
+                time.sleep(1)
+        assert answer.status_code == 200, answer.text
+        listed = running.bt("jobs", "list", "--cluster", running.dashboard).stdout
+        (serving,) = [text.split()[0] for text in listed.splitlines() if "jobs.serve" in text]
+        assert running.bt("jobs", "stop", serving, "--cluster", running.dashboard).returncode == 0
+    finally:
+        job.terminate()
+        job.wait(60)
