@@ -89,8 +89,8 @@ def head(options: NodeOptions, port: int, dashboard_port: int) -> Iterator[Node]
         UsageError: if a port is taken or Ray's protection by a token is switched off.
         RunError: if it does not start.
     """
-    for taken in (port, dashboard_port):
-        _check_free(options.host if taken == port else "127.0.0.1", taken)
+    _check_free(options.host, port)
+    _check_free("127.0.0.1", dashboard_port)
     words = [
         "--head", f"--port={port}", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard_port}", f"--resources={json.dumps({SCORING_JOB: 1})}",

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ class Resources:
 
     Attributes:
         held_cpus: by others, such as an ensemble that answers online.
+        cpus_per_gpu: on the node that has fewest for each of its GPUs; 0 without GPUs.
     """
 
     num_cpus: float
@@ -29,6 +30,14 @@ class Resources:
     num_nodes: int
     largest_node_cpus: float
     held_cpus: float = 0.0
+    cpus_per_gpu: float = 0.0
+
+    def room(self, device: str) -> float:
+        """Return how many CPUs a worker can hold at most: with a GPU, the GPU's share of its node.
+
+        One that held more would leave a GPU without a worker, or wait for ever.
+        """
+        return self.cpus_per_gpu if device == "cuda" else self.largest_node_cpus
 
     def scorers(self, device: str) -> tuple[int, float, float]:
         """Return number of scoring actors, CPUs and GPUs of each.
@@ -73,7 +82,7 @@ def session(
             own. Without effect on a Ray that was running in this process already.
 
     Raises:
-        UsageError: if the cluster cannot be reached.
+        UsageError: if the cluster cannot be reached, or no node is there that could work.
     """
     started = not ray.is_initialized()
     if started:
@@ -82,6 +91,11 @@ def session(
         resources = ray.cluster_resources()
         nodes = [node for node in ray.nodes() if node["Alive"]]
         cpus = float(resources.get("CPU", 0))
+        if cpus < 1:
+            raise UsageError(
+                "needs 1 CPU; the cluster has 0: let a node join that has some, or wait until one "
+                "is up (commands plan with the nodes that are there)"
+            )
         is_new = started and "RAY_ADDRESS" not in os.environ
         free_cpus = cpus if is_new else float(ray.available_resources().get("CPU", 0))
         found = Resources(
@@ -90,6 +104,7 @@ def session(
             num_nodes=len(nodes),
             largest_node_cpus=max(float(n["Resources"].get("CPU", 0)) for n in nodes),
             held_cpus=cpus - free_cpus,
+            cpus_per_gpu=_cpus_per_gpu([node["Resources"] for node in nodes]),
         )
         if started:
             logger.info(
@@ -105,6 +120,10 @@ def session(
     finally:
         if started:
             ray.shutdown()
+
+
+def _cpus_per_gpu(nodes: Sequence[Mapping[str, float]]) -> float:
+    return min((n.get("CPU", 0.0) / n["GPU"] for n in nodes if n.get("GPU")), default=0.0)
 
 
 def choose_device(device: str, resources: Resources) -> str:

@@ -1,5 +1,6 @@
 """`bt bench pipeline`: ceiling and memory of scoring itself, with a model that costs nothing."""
 
+import itertools
 import json
 import os
 import resource
@@ -8,10 +9,11 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import psutil
 import typer
 
 from bt_core.errors import EXIT_OK
@@ -22,12 +24,23 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _LOOK_SECONDS = 1.0
+_SINGLE = ("driver", "gcs")
+"""What a cluster has one of: where a large one saturates first."""
 
 
 def run_pipeline(
     sizes: Annotated[
         str, typer.Option("--sizes", metavar="N,N,...", help="Numbers of tiny scans.")
     ] = "20000,200000",
+    nodes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Numbers of nodes, each with its share of the CPUs, to run the sizes on; a number "
+            "divides --cpus. [default: a Ray of one node in the same process]",
+        ),
+    ] = None,
+    cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs in all, with --nodes.")] = 4,
     as_json: JsonOption = False,
 ) -> int:
     """List, decode and write archives of tiny scans without a model: scans/s and memory.
@@ -35,17 +48,22 @@ def run_pipeline(
     Each size has a process and a Ray of its own; starting Ray is not counted.
     """
     rows = []
-    for size in numbers(sizes):
+    several = [None] if nodes is None else numbers(nodes)
+    for num_nodes, size in itertools.product(several, numbers(sizes)):
         with tempfile.TemporaryDirectory() as folder:
             write_tiny(f"{folder}/scans.zip", size)
-            rows.append({"num_scans": size, **apart(_pipeline_figures, folder)})
+            where = () if num_nodes is None else (num_nodes, cpus // num_nodes)
+            figures = apart(_figures_on_nodes if where else _pipeline_figures, folder, *where)
+            rows.append({"num_scans": size, "num_nodes": num_nodes or 1, **figures})
         row = rows[-1]
         print(
-            f"{size:>7} scans: {row['scans_per_second']:.0f}/s (listed in "
-            f"{row['list_seconds']:.1f} s, scored in {row['score_seconds']:.1f} s, published in "
+            f"{row['num_nodes']} node(s), {size:>7} scans: {row['scans_per_second']:.0f}/s (listed "
+            f"in {row['list_seconds']:.1f} s, scored in {row['score_seconds']:.1f} s, published in "
             f"{row['publish_seconds']:.1f} s), driver {row['driver_bytes'] / 1e6:.0f} MB, largest "
             f"worker {row['worker_bytes'] / 1e6:.0f} MB, all workers "
-            f"{row['workers_bytes'] / 1e6:.0f} MB",
+            f"{row['workers_bytes'] / 1e6:.0f} MB; for each scan "
+            + ", ".join(f"{name} {row[f'{name}_ms']:.3f} ms" for name in _SINGLE)
+            + " of CPU time",
             flush=True,
         )
     growth = {
@@ -90,6 +108,24 @@ class StubScorer:
         )
 
 
+def _figures_on_nodes(folder: str, num_nodes: int, cpus_each: int) -> dict[str, Any]:
+    """Return the figures on a cluster of nodes on this machine, beside a head without work."""
+    from cluster.local import NodeOptions, free_port, head, worker
+    from cluster.submit import use_token
+
+    share = 0.3 / (num_nodes + 1)
+    port, dashboard_port = free_port(), free_port()
+    with ExitStack() as stack:
+        first = NodeOptions("127.0.0.1", 0, memory_share=share)
+        stack.enter_context(head(first, port, dashboard_port))
+        own = NodeOptions("127.0.0.1", cpus_each, memory_share=share)
+        for _ in range(num_nodes):
+            stack.enter_context(worker(own, f"127.0.0.1:{port}"))
+        os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+        use_token(os.environ["RAY_ADDRESS"])
+        return _pipeline_figures(folder)
+
+
 def _pipeline_figures(folder: str) -> dict[str, Any]:
     from bt_core.data.manifest import ManifestWriter
     from bt_core.data.publish import publish
@@ -103,6 +139,7 @@ def _pipeline_figures(folder: str) -> dict[str, Any]:
     source, out = f"{folder}/scans.zip", f"{folder}/out"
     work = ScoreWork(out)
     with session() as resources, _watched() as peaks:
+        before = _single_cpu_seconds()
         started = time.perf_counter()
         writer = ManifestWriter(work.manifest)
         num_scans = list_scans(source, sink=writer).num_scans
@@ -123,6 +160,7 @@ def _pipeline_figures(folder: str) -> dict[str, Any]:
         scored = time.perf_counter()
         published = publish(work, out, num_scans)
         ended = time.perf_counter()
+        after = _single_cpu_seconds()
     if published.statuses != {"scored": num_scans}:
         raise RuntimeError("a scan of the bench was not scored")
     return {
@@ -130,9 +168,23 @@ def _pipeline_figures(folder: str) -> dict[str, Any]:
         "list_seconds": listed - started,
         "score_seconds": scored - listed,
         "publish_seconds": ended - scored,
+        **{f"{name}_ms": 1000 * (after[name] - before[name]) / num_scans for name in _SINGLE},
         "driver_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         **peaks,
     }
+
+
+def _single_cpu_seconds() -> dict[str, float]:
+    """Return the CPU time so far of what a cluster has one of, however many nodes it has."""
+    own = psutil.Process()
+    used = own.cpu_times()
+    found = {"driver": used.user + used.system, "gcs": 0.0}
+    for process in own.children(recursive=True):
+        with suppress(psutil.Error):
+            if process.name() == "gcs_server":
+                times = process.cpu_times()
+                found["gcs"] += times.user + times.system
+    return found
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def run(
             chosen,
             resources.num_cpus,
             resources.num_gpus,
-            resources.largest_node_cpus,
+            resources.room(chosen),
         )
         if overwrite:  # not before all is known to be possible
             make_room(out, "started.json", "a run")

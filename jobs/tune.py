@@ -79,7 +79,11 @@ def run(
     found = with_weights(found, weights or [], spec.missing_weights, space.num_classes)
     with session(worker_env=WORKER_ENV) as resources:
         slots = plan_slots(
-            spec, resources.num_cpus, resources.num_gpus, resources.largest_node_cpus
+            spec,
+            resources.num_cpus,
+            resources.num_gpus,
+            resources.largest_node_cpus,
+            resources.cpus_per_gpu,
         )
         if overwrite:  # not before all is known to be possible
             make_room(out, _CLAIM, "a sweep")

@@ -54,7 +54,7 @@ def plan_scaling(
     device: str,
     num_cpus: float,
     num_gpus: float,
-    largest_node_cpus: float | None = None,
+    room: float | None = None,
 ) -> Scaling:
     """Fit the workers into the cluster; Ray Data keeps one whole CPU, or both would hang.
 
@@ -63,8 +63,8 @@ def plan_scaling(
         device: `cuda` or `cpu`.
         num_cpus: logical CPUs of the cluster.
         num_gpus: GPUs of the cluster.
-        largest_node_cpus: logical CPUs of the largest node, which a worker must fit on; None means
-            that there is one node.
+        room: logical CPUs that a worker can hold at most, of the largest node or, with a GPU, of
+            the GPU's share of its node; None means that there is one node.
 
     Raises:
         UsageError: if more workers are asked for than the cluster holds.
@@ -75,7 +75,7 @@ def plan_scaling(
         unit = "GPUs" if device == "cuda" else "CPUs"
         raise UsageError(f"--num-workers {workers}: the cluster has {limit:g} {unit}")
     spare = max(num_cpus - 1.0, num_cpus / 2)
-    each = min(spare / workers, 4.0, largest_node_cpus or num_cpus)
+    each = min(spare / workers, 4.0, room or num_cpus)
     return Scaling(workers, device, math.floor(each * 1000) / 1000)
 
 

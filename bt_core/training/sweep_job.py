@@ -47,8 +47,22 @@ class Job:
     location: str
 
 
-def plan_slots(spec: SweepSpec, num_cpus: float, num_gpus: float, largest_node: float) -> Slots:
+def plan_slots(
+    spec: SweepSpec,
+    num_cpus: float,
+    num_gpus: float,
+    largest_node: float,
+    cpus_per_gpu: float | None = None,
+) -> Slots:
     """Fit the trials into the cluster: never more threads than CPUs.
+
+    Args:
+        spec: the sweep.
+        num_cpus: logical CPUs of the cluster.
+        num_gpus: its GPUs.
+        largest_node: logical CPUs of its largest node.
+        cpus_per_gpu: on the node that has fewest for each of its GPUs; None means that there is
+            one node.
 
     Raises:
         UsageError: if not even one trial fits.
@@ -60,6 +74,10 @@ def plan_slots(spec: SweepSpec, num_cpus: float, num_gpus: float, largest_node: 
     gpus = min(num_gpus, 1.0) if spec.gpus_per_trial is None else spec.gpus_per_trial
     if gpus > num_gpus:
         raise UsageError(f"gpus_per_trial {gpus:g}: the cluster has {num_gpus:g}")
+    if gpus and cpus_per_gpu is not None and spec.cpus_per_trial > max(1.0, gpus) * cpus_per_gpu:
+        raise UsageError(
+            f"cpus_per_trial {spec.cpus_per_trial}: nodes with GPUs have {cpus_per_gpu:g} for each"
+        )
     fitting = int(num_cpus // spec.cpus_per_trial)
     if gpus:
         fitting = min(fitting, int(num_gpus / gpus + 1e-9))

@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +54,14 @@ class Cluster:
         assert self.process.wait(120) == 0
 
 
+@contextmanager
+def short_folder():
+    """A folder whose name leaves room for those of Ray's sockets, which may have 107 characters."""
+    folder = tempfile.mkdtemp(prefix="bt-", dir="/tmp")
+    yield Path(folder)
+    shutil.rmtree(folder)
+
+
 def started(home, store, *words):
     """Start `bt cluster up` and return it when it says that it is up."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
@@ -89,12 +100,19 @@ def store():
     server.stop()
 
 
+@pytest.fixture
+def home():
+    with short_folder() as folder:
+        yield folder
+
+
 @pytest.fixture(scope="module")
-def cluster(store, tmp_path_factory):
-    running = started(tmp_path_factory.mktemp("home"), store, "--nodes", "2", "--cpus", "1")
-    yield running
-    running.end()
-    assert not list(Path(running.environment["HOME"]).glob("bt-ray-*")), "it leaves nothing"
+def cluster(store):
+    with short_folder() as home:
+        running = started(home, store, "--nodes", "2", "--cpus", "1")
+        yield running
+        running.end()
+        assert not list(home.glob("bt-ray-*")), "it leaves nothing"
 
 
 def test_nobody_without_the_token_is_answered(cluster, tmp_path):
@@ -159,8 +177,8 @@ def test_an_archive_in_a_bucket_is_scored_into_the_bucket(cluster, chain, tmp_pa
 
 
 @pytest.mark.slow
-def test_four_nodes_do_the_whole_chain_as_jobs(store, tmp_path):
-    running = started(tmp_path, store, "--nodes", "4", "--cpus", "1")
+def test_four_nodes_do_the_whole_chain_as_jobs(store, home, tmp_path):
+    running = started(home, store, "--nodes", "4", "--cpus", "1")
     site = "s3://site/whole"
     archive, sweep = tmp_path / "scans.zip", tmp_path / "sweep.yaml"
     write_archive(str(archive), num_per_class=20, size_px=96)

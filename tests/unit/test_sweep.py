@@ -212,6 +212,8 @@ def test_trials_never_hold_more_threads_than_there_are_cpus():
         plan_slots(spec_of(cpus_per_trial=4), 8, 0, 2)
     with pytest.raises(UsageError, match="the cluster has 0"):
         plan_slots(spec_of(gpus_per_trial=1), 8, 0, 8)
+    with pytest.raises(UsageError, match="nodes with GPUs have 2 for each"):
+        plan_slots(spec_of(cpus_per_trial=4), 40, 4, 32, cpus_per_gpu=2)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from bt_core.training.launch import _root_cause, plan_scaling
 from bt_core.training.losses import build_loss
 from bt_core.training.spec import AugmentSpec, TrainSpec
 from bt_core.training.stages import build_optimizer, build_schedule
+from cluster.session import Resources, _cpus_per_gpu
 from tests.unit.toy_training import SIDE, AloneContext, run, toy_recipe
 
 
@@ -131,7 +132,7 @@ def test_workers_always_leave_a_cpu_to_ray_data():
 
 
 def test_a_worker_fits_on_a_node():
-    assert plan_scaling(1, "cpu", 8, 0, largest_node_cpus=2).cpus_per_worker == 2
+    assert plan_scaling(1, "cpu", 8, 0, room=2).cpus_per_worker == 2
 
 
 def test_a_class_without_scans_draws_no_answers():
@@ -139,8 +140,15 @@ def test_a_class_without_scans_draws_no_answers():
     torch.testing.assert_close(loss.weight_K, torch.tensor([0.75, 1.5, 0.0]))
 
 
+MIXED = [{"CPU": 32.0}, {"CPU": 4.0, "GPU": 2.0}, {"memory": 1e9}]
+
+
 def test_gpu_workers_default_to_one_for_each_gpu():
     assert plan_scaling(None, "cuda", 32, 4).num_workers == 4
+    mixed = Resources(36, 2, 3, 32, cpus_per_gpu=_cpus_per_gpu(MIXED))
+    each = plan_scaling(None, "cuda", 36, 2, mixed.room("cuda")).cpus_per_worker
+    assert each == 2, "a worker fits beside the others of its node"
+    assert plan_scaling(1, "cpu", 36, 2, mixed.room("cpu")).cpus_per_worker == 4
 
 
 def test_a_worker_that_ray_ended_for_memory_names_the_settings_that_help():
