@@ -52,6 +52,7 @@ class Cluster:
     def end(self):
         self.process.send_signal(signal.SIGINT)
         assert self.process.wait(120) == 0
+        self.process.stdout.close()
 
 
 @contextmanager
@@ -133,13 +134,31 @@ def test_nobody_without_the_token_is_answered(cluster, tmp_path):
     assert not (tmp_path / "x.zip").exists()
 
 
-def test_it_listens_on_loopback_only(cluster):
+def test_the_dashboard_is_for_this_machine_and_the_head_refuses_strangers(cluster, tmp_path):
+    """Ray's head listens on all addresses, whatever it is told; so the token has to keep it."""
     listening = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout
-    ports = {cluster.address.rpartition(":")[2], cluster.dashboard.rpartition(":")[2]}
-    places = {line.split()[3] for line in listening.splitlines()}
-    assert {p for p in places if p.rpartition(":")[2] in ports} == {
-        f"127.0.0.1:{port}" for port in ports
-    }
+    port = cluster.dashboard.rpartition(":")[2]
+    places = [line.split()[3] for line in listening.splitlines()]
+    assert [place for place in places if place.endswith(f":{port}")] == [f"127.0.0.1:{port}"]
+    line = [sys.executable, "-c", "import ray; ray.init(log_to_driver=False); print('joined')"]
+    joining = cluster.environment | {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token"}
+    tried = [
+        ({}, True),
+        ({"RAY_AUTH_TOKEN": "of somebody else"}, False),
+        ({"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}, False),
+    ]
+    joiners = [
+        subprocess.Popen(
+            line,
+            env=joining | changed,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for changed, _ in tried
+    ]  # at once: one that is refused tries for a while
+    said = [joiner.communicate(timeout=300)[0] for joiner in joiners]
+    assert ["joined" in text for text in said] == [joins for _, joins in tried]
 
 
 def test_without_protection_none_is_started(tmp_path):
