@@ -1,9 +1,14 @@
 """The dependency rule of the library, read from the imports themselves."""
 
 import ast
+import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 FOUNDATIONS = {"errors", "labels", "log", "storage"}
@@ -92,3 +97,36 @@ def test_a_forbidden_import_is_found(tmp_path, monkeypatch):
     bad.write_text("import ray\nfrom bt_core.models import spec\nimport jobs.cli\n")
     monkeypatch.setattr("tests.unit.test_import_direction.ROOT", tmp_path)
     assert len(faults_of(bad)) >= 3
+
+
+def brought_by(requirements: list[str]) -> set[str]:
+    """Return the distributions that requirements bring along, by what is installed here."""
+    found: set[tuple[str, frozenset[str]]] = set()
+    left = [Requirement(text) for text in requirements]
+    while left:
+        wanted = left.pop()
+        key = canonicalize_name(wanted.name), frozenset(wanted.extras)
+        if key not in found:
+            found.add(key)
+            for text in metadata.requires(wanted.name) or []:
+                inner = Requirement(text)
+                extras = ("", *wanted.extras)
+                if not inner.marker or any(inner.marker.evaluate({"extra": e}) for e in extras):
+                    left.append(inner)
+    return {name for name, _ in found}
+
+
+def test_what_starts_is_installed_without_extras():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    brought = brought_by(project["dependencies"])
+    distributions = metadata.packages_distributions()
+    own = {*TOP_LEVEL, *sys.stdlib_module_names}
+    for path in FILES:
+        if path.parent.name == "peers":  # servers to compare with, which are no dependencies
+            continue
+        for node in ast.parse(path.read_text()).body:  # what functions import may be optional
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for module in {name.partition(".")[0] for name in names} - own:
+                givers = {canonicalize_name(name) for name in distributions[module]}
+                assert givers & brought, f"{path.relative_to(ROOT)} imports {module}"

@@ -1,7 +1,8 @@
-"""The cluster file passes Ray's own schema, installs only the lock, and opens nothing to the world.
+"""Cluster files pass Ray's own schema, install only the lock, and open nothing to the world.
 
-`prepare_config` merges the file with Ray's AWS defaults and `validate_config` checks the result;
-both work offline and without boto3. Whether AWS has image and group, only `ray up` can tell.
+`prepare_config` merges a file with the defaults of its provider and `validate_config` checks the
+result; both work offline and without boto3. Whether AWS has image and group, and whether machines
+answer, only `ray up` can tell.
 """
 
 import importlib
@@ -23,6 +24,8 @@ from ray.autoscaler._private.providers import _get_default_config
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 REPOSITORY = Path(__file__).parents[2]
+AWS = "ray_cluster.yaml"
+FILES = [AWS, "cluster/on_premises.yaml"]
 TOKEN_FILE = "~/.ray/auth_token"
 SETUP_LISTS = ["initialization_commands", "head_setup_commands", "worker_setup_commands"]
 START_LISTS = ["head_start_ray_commands", "worker_start_ray_commands"]
@@ -32,7 +35,7 @@ Config = dict[str, Any]
 
 def commands(config: Config, *lists: str) -> list[str]:
     """Return the commands of the lists, and those that node types bring of their own."""
-    owners = [config, *config["available_node_types"].values()]
+    owners = [config, *config.get("available_node_types", {}).values()]
     return [command for owner in owners for name in lists for command in owner.get(name, [])]
 
 
@@ -50,15 +53,24 @@ def requirements(command: str) -> list[str]:
     return [w for i, w in enumerate(arguments) if i not in taken and not w.startswith("-")]
 
 
-@pytest.fixture(scope="module")
-def raw() -> Config:
-    return yaml.safe_load((REPOSITORY / "ray_cluster.yaml").read_text())
+def read(name: str) -> Config:
+    return yaml.safe_load((REPOSITORY / name).read_text())
+
+
+@pytest.fixture(scope="module", params=FILES)
+def raw(request: pytest.FixtureRequest) -> Config:
+    return read(request.param)
 
 
 @pytest.fixture(scope="module")
 def merged(raw: Config) -> Config:
     """The file as `ray up` sees it, with defaults filled in."""
     return prepare_config(deepcopy(raw))
+
+
+@pytest.fixture(scope="module")
+def aws() -> Config:
+    return prepare_config(read(AWS))
 
 
 def test_schema_accepts_the_file(merged: Config) -> None:
@@ -70,28 +82,40 @@ def test_schema_rejects_an_unknown_key(raw: Config) -> None:
         validate_config(prepare_config(deepcopy(raw) | {"idle_timeout_hours": 1}))
 
 
-def test_schema_rejects_an_unknown_head_type(raw: Config) -> None:
+def test_schema_rejects_an_unknown_head_type() -> None:
     with pytest.raises(ValueError, match="head_node_type"):
-        validate_config(prepare_config(deepcopy(raw) | {"head_node_type": "boss"}))
+        validate_config(prepare_config(read(AWS) | {"head_node_type": "boss"}))
 
 
 def test_head_runs_no_work(merged: Config) -> None:
+    (start,) = filter(is_ray_start, merged["head_start_ray_commands"])
     head = merged["available_node_types"][merged["head_node_type"]]
-    assert head["resources"] == {"CPU": 0}
-    assert head["max_workers"] == 0
+    if merged["provider"]["type"] == "local":  # which has one type for all nodes
+        assert {"--num-cpus=0", "--num-gpus=0"} <= set(shlex.split(start))
+    else:
+        assert head["resources"] == {"CPU": 0}
+        assert head["max_workers"] == 0
 
 
-def test_one_pool_has_gpus_on_spot_and_one_has_none(merged: Config) -> None:
-    pools = dict(merged["available_node_types"])
-    del pools[merged["head_node_type"]]
+def test_every_worker_on_premises_starts() -> None:
+    config = prepare_config(read("cluster/on_premises.yaml"))
+    (nodes,) = config["available_node_types"].values()
+    num_workers = len(config["provider"]["worker_ips"])
+    assert nodes["min_workers"] == nodes["max_workers"] == config["max_workers"] == num_workers
+    assert config["provider"]["head_ip"] not in config["provider"]["worker_ips"]
+
+
+def test_one_pool_has_gpus_on_spot_and_one_has_none(aws: Config) -> None:
+    pools = dict(aws["available_node_types"])
+    del pools[aws["head_node_type"]]
     by_gpu = {bool(pool["resources"].get("GPU")): pool for pool in pools.values()}
     assert len(pools) == len(by_gpu) == 2
     limits = {gpu: (pool["min_workers"], pool["max_workers"]) for gpu, pool in by_gpu.items()}
     assert limits == {False: (1, 10), True: (1, 4)}
     assert by_gpu[True]["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
     assert all(pool["resources"]["CPU"] > 0 for pool in pools.values())
-    assert merged["max_workers"] >= 10 + 4, "the limit of the whole must not cut the pools"
-    assert merged["idle_timeout_minutes"] > 0
+    assert aws["max_workers"] >= 10 + 4, "the limit of the whole must not cut the pools"
+    assert aws["idle_timeout_minutes"] > 0
 
 
 @pytest.mark.parametrize("name", START_LISTS)
@@ -113,10 +137,10 @@ def test_dashboard_stays_on_loopback(merged: Config) -> None:
     assert "0.0.0.0" not in json.dumps(merged)
 
 
-def test_no_node_falls_back_to_the_open_security_group(merged: Config) -> None:
-    for node_type in merged["available_node_types"].values():
+def test_no_node_falls_back_to_the_open_security_group(aws: Config) -> None:
+    for node_type in aws["available_node_types"].values():
         assert node_type["node_config"]["SecurityGroupIds"]
-    assert "security_group" not in merged["provider"], "no rules beyond the user's own group"
+    assert "security_group" not in aws["provider"], "no rules beyond the user's own group"
 
 
 def test_no_default_command_is_left(merged: Config) -> None:
@@ -165,14 +189,21 @@ def test_sync_leaves_out_results_and_keeps_every_package(merged: Config) -> None
             assert not any(fnmatch(part, pattern.lstrip("/")) for part in candidates), pattern
 
 
-def test_the_serve_config_is_one_that_serve_deploy_takes_and_our_settings_validate():
+def serve_config(name: str) -> Config:
+    found = read(name)
+    return yaml.safe_load(found["spec"]["serveConfigV2"]) if "spec" in found else found
+
+
+@pytest.mark.parametrize(
+    "name", ["cluster/serve_config.yaml", "cluster/kuberay/serve/ray_service.yaml"]
+)
+def test_the_serve_config_is_one_that_serve_deploy_takes_and_our_settings_validate(name: str):
     from ray.serve.schema import ServeDeploySchema
 
     from bt_core.config import parse
     from serve.settings import EnsembleSettings, ServeSettings, Targets
 
-    text = yaml.safe_load((REPOSITORY / "cluster" / "serve_config.yaml").read_text())
-    config = ServeDeploySchema.model_validate(text)
+    config = ServeDeploySchema.model_validate(serve_config(name))
     ensemble, gateway = config.applications
     parse(EnsembleSettings, ensemble.args, "ensemble")
     parse(ServeSettings, gateway.args, "gateway")
