@@ -5,11 +5,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
 from bt_core.errors import UsageError
 from bt_core.log import logger
+from cluster.pins import unlike_the_lock
 from cluster.submit import SCORING_JOB, TOKEN_FILE
 
 _LEAST_SHARE = 0.25
@@ -107,6 +109,11 @@ def session(
             cpus_per_gpu=_cpus_per_gpu([node["Resources"] for node in nodes]),
         )
         if started:
+            if unlike := unlike_the_lock(Path(__file__).resolve().parent.parent):
+                logger.warning(
+                    "figures may differ from those of the lock: %s; install requirements.lock on "
+                    "the nodes", ", ".join(unlike),
+                )  # fmt: skip
             logger.info(
                 "Ray: %d node(s), %g CPUs, %g GPUs",
                 found.num_nodes,

@@ -22,7 +22,9 @@ SCORING_JOB: Final = "scoring_job"
 two that share few CPUs may each hold what the other waits for."""
 TOKEN_FILE: Final = Path("~/.ray/auth_token")
 _THIS_MACHINE: Final = frozenset({"", "127.0.0.1", "localhost", "::1"})
-_UPLOADED: Final = frozenset({"bt_core", "cluster", "jobs", "serve", "pyproject.toml"})
+_UPLOADED: Final = frozenset(
+    {"bt_core", "cluster", "jobs", "serve", "pyproject.toml", "requirements.lock"}
+)
 """The code, and nothing else that may lie in the checkout: no scans, results or history."""
 
 

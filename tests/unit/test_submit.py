@@ -10,6 +10,7 @@ import pytest
 
 from bt_core.errors import UsageError
 from bt_core.log import logger
+from cluster.pins import unlike_the_lock
 from cluster.submit import job_environment, submit, use_token
 from jobs.cli import app
 from jobs.command import _LOCATIONS
@@ -83,6 +84,20 @@ def test_every_parameter_that_is_a_path_is_made_absolute() -> None:
                         found.add(name)
     assert found
     assert found <= _LOCATIONS
+
+
+def test_versions_other_than_the_locks_are_named(tmp_path: Path) -> None:
+    root = Path(inspect.getfile(submit)).parents[1]
+    assert unlike_the_lock(root) == [], "these tests run by the lock"
+    assert unlike_the_lock(tmp_path) == [], "an installed program has none"
+    (tmp_path / "pyproject.toml").write_bytes((root / "pyproject.toml").read_bytes())
+    lock = (root / "requirements.lock").read_text()
+    pins = dict(re.findall(r"^(timm|torch)==(\S+)", lock, re.MULTILINE))
+    changed = lock.replace(f"timm=={pins['timm']}", "timm==9.9").replace(
+        f"\ntorch=={pins['torch']}", f"\ntorch=={pins['torch']}+cu130"
+    )
+    (tmp_path / "requirements.lock").write_text(changed)
+    assert unlike_the_lock(tmp_path) == [f"timm {pins['timm']} instead of 9.9"]
 
 
 @pytest.mark.parametrize(
