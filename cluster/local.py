@@ -58,6 +58,10 @@ class Node:
         if self.process.poll() is not None:
             raise RunError(f"a node has ended: {self._last_line()}")
 
+    def stop(self) -> None:
+        """Ask it to end, which takes seconds; several that are asked at once end at once."""
+        self.process.send_signal(signal.SIGTERM)
+
     def wait_until_started(self) -> None:
         """Return when it works.
 
@@ -89,6 +93,7 @@ def head(options: NodeOptions, port: int, dashboard_port: int) -> Iterator[Node]
         UsageError: if a port is taken or Ray's protection by a token is switched off.
         RunError: if it does not start.
     """
+    _make_token()
     _check_free(options.host, port)
     _check_free("127.0.0.1", dashboard_port)
     words = [
@@ -102,13 +107,13 @@ def head(options: NodeOptions, port: int, dashboard_port: int) -> Iterator[Node]
 @contextmanager
 def worker(options: NodeOptions, address: str) -> Iterator[Node]:
     """Run a node that joins the head at an address, while the block runs; as `head`."""
+    _make_token()
     with _node(options, [f"--address={address}"]) as node:
         yield node
 
 
 @contextmanager
 def _node(options: NodeOptions, words: list[str]) -> Iterator[Node]:
-    _make_token()
     agent, runtime_env = free_port(options.host), free_port(options.host)
     memory = int(options.memory_share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     # Its own folder: what Ray notes in the usual one would lead other commands here.
@@ -129,12 +134,12 @@ def _node(options: NodeOptions, words: list[str]) -> Iterator[Node]:
         process = subprocess.Popen(
             line, env=environment | {"PATH": path}, stdout=log, stderr=log, start_new_session=True
         )
+        node = Node(process, log)
         try:
-            node = Node(process, log)
             node.wait_until_started()
             yield node
         finally:
-            process.send_signal(signal.SIGTERM)
+            node.stop()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_END_SECONDS)
             with suppress(ProcessLookupError):

@@ -54,6 +54,8 @@ def run_up(
         print("Ctrl-C ends it", flush=True)
         _wait(stopped, running[0])
         print("ending", flush=True)
+        for node in running[1:]:
+            node.stop()
     return EXIT_OK
 
 
