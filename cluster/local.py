@@ -19,7 +19,7 @@ from bt_core.errors import RunError, UsageError
 from cluster.submit import SCORING_JOB, TOKEN_FILE, has_token
 
 _START_SECONDS: Final = 120.0
-_END_SECONDS: Final = 30.0
+_END_SECONDS: Final = 10.0
 _MEMORY_SHARE: Final = 0.3
 """Of this machine's memory for the object stores of all its nodes, as Ray takes for one."""
 
@@ -82,7 +82,8 @@ class Node:
 
     def _last_line(self) -> str:
         lines = self._said().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        errors = [line for line in lines if "Error" in line]
+        return (errors or lines or ["it said nothing"])[-1]
 
 
 @contextmanager
@@ -123,6 +124,7 @@ def _node(options: NodeOptions, words: list[str]) -> Iterator[Node]:
         f"--node-ip-address={options.host}", f"--num-cpus={options.num_cpus}",
         f"--num-gpus={options.num_gpus}", f"--object-store-memory={memory}",
         f"--dashboard-agent-listen-port={agent}", f"--runtime-env-agent-port={runtime_env}",
+        "--min-worker-port=0", "--max-worker-port=0",  # any: not those that a user may give above
         "--disable-usage-stats", f"--temp-dir={folder}",
     ]  # fmt: skip
     # A session of its own: Ctrl-C is for this process, which ends its nodes in their order.
