@@ -204,7 +204,7 @@ def test_four_nodes_do_the_whole_chain_as_jobs(store, home, tmp_path):
     storage.write_bytes(f"{site}/scans.zip", archive.read_bytes())
     sweep.write_text(
         "recipes: [cnn_small]\nsearch: grid\nscheduler: none\nfolds: 2\n"
-        "space: {train.learning_rate: [0.001, 0.003]}\n"
+        "space: {train.learning_rate: {choice: [0.001, 0.003]}}\n"
         "fixed: {preprocess.size_px: 48, train.batch_size: 8, train.epochs: 2}\n"
     )
     storage.write_bytes(f"{site}/sweep.yaml", sweep.read_bytes())
@@ -235,15 +235,12 @@ def answer_as_a_job(running, bundle, archive):
     line = [str(BT), "serve", bundle, "--port", str(port), "--submit", running.dashboard]
     job = subprocess.Popen(line, env=running.environment, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and job.poll() is None:
-            try:
-                answer = requests.post(
-                    f"http://127.0.0.1:{port}/v1/predictions", data=content, timeout=60
-                )
-                break
-            except requests.ConnectionError:
-                time.sleep(1)
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
+        while not is_ready(url):
+            assert job.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(1)
+        answer = requests.post(f"{url}/v1/predictions", data=content, timeout=60)
         assert answer.status_code == 200, answer.text
         listed = running.bt("jobs", "list", "--cluster", running.dashboard).stdout
         (serving,) = [text.split()[0] for text in listed.splitlines() if "jobs.serve" in text]
@@ -251,3 +248,10 @@ def answer_as_a_job(running, bundle, archive):
     finally:
         job.terminate()
         job.wait(60)
+
+
+def is_ready(url):
+    try:
+        return requests.get(f"{url}/readyz", timeout=60).status_code == 200
+    except requests.ConnectionError:
+        return False

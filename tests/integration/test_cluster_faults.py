@@ -157,7 +157,7 @@ def test_a_node_lost_in_mid_sweep_costs_no_finished_trial(cluster, chain, tmp_pa
     sweep, out = tmp_path / "sweep.yaml", tmp_path / "sweep"
     sweep.write_text(
         "recipes: [cnn_small]\nsearch: grid\nscheduler: none\nfolds: 2\n"
-        "space: {train.learning_rate: [0.001, 0.003, 0.01]}\n"
+        "space: {train.learning_rate: {choice: [0.001, 0.003, 0.01]}}\n"
         "fixed: {preprocess.size_px: 48, train.batch_size: 8, train.epochs: 3}\n"
     )
     job = Job(cluster, "tune", sweep, "--data", chain.data, "--cpus-per-trial", 1, "-o", out)
