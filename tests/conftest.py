@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,6 +122,20 @@ def browser():
         browser = playwright.chromium.launch(executable_path=path)
         yield browser
         browser.close()
+
+
+@contextmanager
+def short_folder():
+    """A folder whose name leaves room for those of Ray's sockets, which may have 107 characters."""
+    folder = tempfile.mkdtemp(prefix="bt-", dir="/tmp")
+    yield Path(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def home():
+    with short_folder() as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -2,13 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +19,7 @@ from bt_core import storage
 from bt_core.errors import EXIT_USAGE
 from bt_core.scans.phantom import write_archive
 from cluster.local import free_port
-from tests.conftest import SMALL
+from tests.conftest import SMALL, short_folder
 
 pytestmark = pytest.mark.integration
 BT = Path(sys.executable).with_name("bt")
@@ -53,14 +50,6 @@ class Cluster:
         self.process.send_signal(signal.SIGINT)
         assert self.process.wait(120) == 0
         self.process.stdout.close()
-
-
-@contextmanager
-def short_folder():
-    """A folder whose name leaves room for those of Ray's sockets, which may have 107 characters."""
-    folder = tempfile.mkdtemp(prefix="bt-", dir="/tmp")
-    yield Path(folder)
-    shutil.rmtree(folder)
 
 
 def started(home, store, *words):
@@ -99,12 +88,6 @@ def store():
         bucket.create_dir("site")
         yield variables
     server.stop()
-
-
-@pytest.fixture
-def home():
-    with short_folder() as folder:
-        yield folder
 
 
 @pytest.fixture(scope="module")
