@@ -17,6 +17,9 @@ from cluster.submit import SCORING_JOB, TOKEN_FILE
 _LEAST_SHARE = 0.25
 """Of a CPU that a scorer holds, so that not too many start on one node of a mixed cluster."""
 
+_LEAST_NODE_CPUS = 2
+"""With one CPU each, nodes on which a scorer holds a part have no whole one for a task."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -93,18 +96,15 @@ def session(
         resources = ray.cluster_resources()
         nodes = [node for node in ray.nodes() if node["Alive"]]
         cpus = float(resources.get("CPU", 0))
-        if cpus < 1:
-            raise UsageError(
-                "needs 1 CPU; the cluster has 0: let a node join that has some, or wait until one "
-                "is up (commands plan with the nodes that are there)"
-            )
+        largest = max((float(n["Resources"].get("CPU", 0)) for n in nodes), default=0.0)
+        _refuse_too_small(largest)
         is_new = started and "RAY_ADDRESS" not in os.environ
         free_cpus = cpus if is_new else float(ray.available_resources().get("CPU", 0))
         found = Resources(
             num_cpus=cpus,
             num_gpus=float(resources.get("GPU", 0)),
             num_nodes=len(nodes),
-            largest_node_cpus=max(float(n["Resources"].get("CPU", 0)) for n in nodes),
+            largest_node_cpus=largest,
             held_cpus=cpus - free_cpus,
             cpus_per_gpu=_cpus_per_gpu([node["Resources"] for node in nodes]),
         )
@@ -127,6 +127,19 @@ def session(
     finally:
         if started:
             ray.shutdown()
+
+
+def _refuse_too_small(largest_node_cpus: float) -> None:
+    """Raise UsageError for a cluster on which actors may hold a part of every node's only CPU.
+
+    Tasks take whole CPUs, so those that read and decode would then wait for ever.
+    """
+    if largest_node_cpus < _LEAST_NODE_CPUS:
+        raise UsageError(
+            f"needs a node of {_LEAST_NODE_CPUS} CPUs at least; the largest of this cluster has "
+            f"{largest_node_cpus:g}: let a larger one join, or wait until one is up (commands plan "
+            "with the nodes that are there)"
+        )
 
 
 def _cpus_per_gpu(nodes: Sequence[Mapping[str, float]]) -> float:

@@ -22,7 +22,9 @@ def run_up(
     nodes: Annotated[int, typer.Option(min=1, help="That work, beside the head.")] = 2,
     cpus: Annotated[
         int | None,
-        typer.Option(min=1, help="Logical CPUs of each. [default: its share of the cores]"),
+        typer.Option(
+            min=2, help="Logical CPUs of each. [default: its share of the cores, two at least]"
+        ),
     ] = None,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of each.")] = 0,
     host: HostOption = "127.0.0.1",
@@ -39,7 +41,7 @@ def run_up(
 
     cores = len(os.sched_getaffinity(0))
     share = 0.3 / (nodes + 1)
-    own = NodeOptions(host, cpus or max(1, cores // nodes), gpus, share)
+    own = NodeOptions(host, cpus or max(2, cores // nodes), gpus, share)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     stopped = _stop_signal()
     with ExitStack() as stack:

@@ -93,7 +93,7 @@ def store():
 @pytest.fixture(scope="module")
 def cluster(store):
     with short_folder() as home:
-        running = started(home, store, "--nodes", "2", "--cpus", "1")
+        running = started(home, store, "--nodes", "2", "--cpus", "2")
         yield running
         running.end()
         assert not list(home.glob("bt-ray-*")), "it leaves nothing"
@@ -180,7 +180,7 @@ def test_an_archive_in_a_bucket_is_scored_into_the_bucket(cluster, chain, tmp_pa
 
 @pytest.mark.slow
 def test_four_nodes_do_the_whole_chain_as_jobs(store, home, tmp_path):
-    running = started(home, store, "--nodes", "4", "--cpus", "1")
+    running = started(home, store, "--nodes", "4", "--cpus", "2")
     site = "s3://site/whole"
     archive, sweep = tmp_path / "scans.zip", tmp_path / "sweep.yaml"
     write_archive(str(archive), num_per_class=20, size_px=96)

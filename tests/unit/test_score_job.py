@@ -25,7 +25,7 @@ from bt_core.data.score_work import ScoreJob, ScoreWork, locked, writing
 from bt_core.errors import RunError, UsageError
 from bt_core.scans.archives import list_scans
 from bt_core.scans.members import ScanRef
-from cluster.session import Resources
+from cluster.session import Resources, _refuse_too_small
 
 JOB = ScoreJob(
     bundle_id="b" * 16,
@@ -314,3 +314,20 @@ def test_scorers_leave_cpus_free_even_when_the_largest_node_is_lost(
     found = Resources(num_cpus, 0, num_nodes, largest).scorers("cpu")
     assert found[0] == actors
     assert found[0] * found[1] == pytest.approx(held, abs=0.03)
+
+
+@pytest.mark.parametrize("num_nodes", [2, 4, 100])
+@pytest.mark.parametrize("cpus", [2, 3, 8, 64])
+def test_wherever_scorers_start_some_node_has_a_whole_cpu_for_a_task(num_nodes, cpus):
+    actors, share, _ = Resources(num_nodes * cpus, 0, num_nodes, cpus).scorers("cpu")
+    to_fill_one = int((cpus - 1) / share) + 1
+    for nodes_left in (num_nodes, num_nodes - 1):  # lost actors start on the others
+        assert actors < nodes_left * to_fill_one
+
+
+def test_a_cluster_on_which_tasks_would_wait_for_ever_is_refused():
+    """Four nodes of one CPU, with a scorer's part of it held on each, have no CPU for a task."""
+    for largest in (0, 1):
+        with pytest.raises(UsageError, match=f"largest of this cluster has {largest}: let"):
+            _refuse_too_small(largest)
+    _refuse_too_small(2)
