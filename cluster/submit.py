@@ -22,6 +22,10 @@ SCORING_JOB: Final = "scoring_job"
 two that share few CPUs may each hold what the other waits for."""
 TOKEN_FILE: Final = Path("~/.ray/auth_token")
 _THIS_MACHINE: Final = frozenset({"", "127.0.0.1", "localhost", "::1"})
+_TALKATIVE: Final = (
+    "ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk",
+)  # fmt: skip
+"""Loggers that tell of each file that is not uploaded; the last two set their level on import."""
 _UPLOADED: Final = frozenset(
     {"bt_core", "cluster", "jobs", "serve", "pyproject.toml", "requirements.lock"}
 )
@@ -170,10 +174,11 @@ def _client(address: str) -> "JobSubmissionClient":
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"cluster {address}: write it as http://HOST:8265")
     use_token(address)
-    logging.getLogger("ray").setLevel(logging.ERROR)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:

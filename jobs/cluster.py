@@ -19,7 +19,7 @@ HostOption = Annotated[
 
 
 def run_up(
-    nodes: Annotated[int, typer.Option(min=1, help="That work, beside the head.")] = 2,
+    nodes: Annotated[int, typer.Option(min=0, help="That work, beside the head.")] = 2,
     cpus: Annotated[
         int | None,
         typer.Option(
@@ -41,7 +41,7 @@ def run_up(
 
     cores = len(os.sched_getaffinity(0))
     share = 0.3 / (nodes + 1)
-    own = NodeOptions(host, cpus or max(2, cores // nodes), gpus, share)
+    own = NodeOptions(host, cpus or max(2, cores // max(1, nodes)), gpus, share)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     stopped = _stop_signal()
     with ExitStack() as stack:

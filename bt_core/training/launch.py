@@ -29,6 +29,7 @@ from bt_core.models.run import HISTORY_FILE, Run, RunInfo, environment, read_his
 from bt_core.models.weights import initial_sha256
 from bt_core.training.cpu import WORKER_ENV
 from bt_core.training.engine import KEPT, progress_line
+from bt_core.training.process_group import NodeAddressConfig
 from bt_core.training.recipe import Recipe
 from bt_core.training.stages import check_stages
 from bt_core.training.tracking import Tracker
@@ -155,6 +156,7 @@ def _trainer(
             "num_classes": space.num_classes,
             "class_counts": [counts[name] for name in space.names],
         },
+        torch_config=NodeAddressConfig(),
         datasets={split: read_view(view, split) for split in ("train", "validation")},
         dataset_config=DataConfig(datasets_to_split=["train"], execution_options=reading),
         scaling_config=ScalingConfig(

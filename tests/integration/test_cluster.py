@@ -52,11 +52,11 @@ class Cluster:
         self.process.stdout.close()
 
 
-def started(home, store, *words):
+def started(home, store, *words, ports=None):
     """Start `bt cluster up` and return it when it says that it is up."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= store | {"HOME": str(home), "TMPDIR": str(home)}
-    port, dashboard = free_port(), free_port()
+    port, dashboard = ports or (free_port(), free_port())
     line = [str(BT), "cluster", "up", "--port", str(port), "--dashboard-port", str(dashboard)]
     process = subprocess.Popen([*line, *words], env=environment, stdout=subprocess.PIPE, text=True)
     said = ""

@@ -1,5 +1,7 @@
 """The engine without Ray: it learns, goes on where it was, and draws the same numbers again."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -9,6 +11,7 @@ from bt_core.training.augment import augment
 from bt_core.training.engine import Predictions, steps_per_epoch, stopped_early, worker_batch_size
 from bt_core.training.launch import _root_cause, plan_scaling
 from bt_core.training.losses import build_loss
+from bt_core.training.process_group import interface_of
 from bt_core.training.spec import AugmentSpec, TrainSpec
 from bt_core.training.stages import build_optimizer, build_schedule
 from cluster.session import Resources, _cpus_per_gpu
@@ -149,6 +152,17 @@ def test_gpu_workers_default_to_one_for_each_gpu():
     each = plan_scaling(None, "cuda", 36, 2, mixed.room("cuda")).cpus_per_worker
     assert each == 2, "a worker fits beside the others of its node"
     assert plan_scaling(1, "cpu", 36, 2, mixed.room("cpu")).cpus_per_worker == 4
+
+
+def test_workers_are_reached_where_their_nodes_are():
+    addresses = {
+        "lo": [SimpleNamespace(address="127.0.0.1")],
+        "eth0": [SimpleNamespace(address="02:00:00:00:00:01"), SimpleNamespace(address="10.0.0.5")],
+        "eth1": [SimpleNamespace(address="fe80::1%eth1")],
+    }
+    assert interface_of("10.0.0.5", addresses) == "eth0"
+    assert interface_of("fe80::1", addresses) == "eth1"
+    assert interface_of("203.0.113.7", addresses) is None, "Gloo chooses, as without us"
 
 
 def test_a_worker_that_ray_ended_for_memory_names_the_settings_that_help():
