@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bt_core import storage
-from bt_core.errors import EXIT_FAILED, EXIT_OK, UsageError
+from bt_core.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
 from bt_core.log import logger
 from bt_core.scans import limits
 
@@ -45,6 +45,7 @@ def submit(address: str, module: str, arguments: list[str]) -> int:
     Raises:
         UsageError: if the cluster cannot be reached or refuses the token, or if an argument holds a
             secret: the dashboard shows the arguments of a job to everyone.
+        RunError: if the cluster does not answer any more while the job runs.
     """
     for word in arguments:
         storage.refuse_secrets(word)
@@ -62,6 +63,7 @@ def follow(address: str, job: str) -> int:
 
     Raises:
         UsageError: if the cluster cannot be reached or refuses the token, or has no such job.
+        RunError: as `submit`.
     """
     client = _client(address)
     _info(client, job)
@@ -93,17 +95,25 @@ def submitted(address: str) -> list["JobDetails"]:
 
 
 def _followed(client: "JobSubmissionClient", address: str, job: str) -> int:
+    from aiohttp import ClientError
+
+    again = f"bt jobs follow {job} --cluster {address}"
     try:
         asyncio.run(_stream(client, job))
+        details = client.get_job_info(job)
     except KeyboardInterrupt:
         if not _wants_stop(job):
-            again = f"bt jobs follow {job} --cluster {address}"
             logger.info("job %s goes on; follow it with: %s", job, again)
             return EXIT_FAILED
         client.stop_job(job)
         logger.info("job %s stopped", job)
         return EXIT_FAILED
-    details = client.get_job_info(job)
+    except (ClientError, OSError, RuntimeError) as error:  # of aiohttp, requests, and Ray itself
+        raise RunError(
+            f"cluster {address} does not answer any more ({type(error).__name__}). When it does, "
+            f"job {job} may go on: {again}. If it was lost with the cluster's head, the same "
+            "command goes on from what is done"
+        ) from error
     if details.driver_exit_code is not None:
         return int(details.driver_exit_code)
     if details.status == "SUCCEEDED":

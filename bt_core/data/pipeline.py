@@ -290,3 +290,19 @@ def bounded_retries() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)
         yield
+
+
+@contextmanager
+def lean_reader() -> Iterator[None]:
+    """Read Parquet by Ray Data's first reader.
+
+    The second one starts 32 processes for each reading to look at the ends of files, and reads all
+    files of a scoring job's manifest in one task with 8 MiB for each column of each: 450 MB for
+    200,000 refs, of the checkpoint as much. A file is a task of the first one.
+    """
+    context = ray.data.DataContext.get_current()
+    before, context.use_datasource_v2 = context.use_datasource_v2, False
+    try:
+        yield
+    finally:
+        context.use_datasource_v2 = before

@@ -24,7 +24,14 @@ from bt_core import storage
 from bt_core.data.crash_guard import MAX_RESTARTS, CrashGuard
 from bt_core.data.decode_stage import Columns, DecodeStage
 from bt_core.data.guard import MAX_RETRIES, num_overseers, oversee, oversee_stream
-from bt_core.data.pipeline import BLOCK_ROWS, SCORE_BATCH, bounded_retries, configure, num_workers
+from bt_core.data.pipeline import (
+    BLOCK_ROWS,
+    SCORE_BATCH,
+    bounded_retries,
+    configure,
+    lean_reader,
+    num_workers,
+)
 from bt_core.data.score_work import ScoreWork, writing
 from bt_core.errors import RunError
 from bt_core.log import Progress
@@ -77,7 +84,7 @@ def score_manifest(
     block_rows = job.num_scans if is_streamed else BLOCK_ROWS
     num_blocks = -(-num_left // block_rows)
     with (
-        _lean_reader(),
+        lean_reader(),
         bounded_retries(),
         writing(work.folder),
         _explained(),
@@ -121,21 +128,6 @@ def _refs(work: ScoreWork, num_left: int, num_actors: int, row_bytes: int) -> ra
     rows_at_once = min(max(num_left // (_PIECES_EACH * num_actors), SCORE_BATCH), _MOST_ROWS)
     refs.context.target_max_block_size = rows_at_once * row_bytes
     return refs
-
-
-@contextmanager
-def _lean_reader() -> Iterator[None]:
-    """Read Parquet by Ray Data's first reader.
-
-    The second one reads all files of the manifest in one task and holds 8 MiB for each column of
-    each: 450 MB for 200,000 refs, of the checkpoint as much. A file is a task of the first one.
-    """
-    context = ray.data.DataContext.get_current()
-    before, context.use_datasource_v2 = context.use_datasource_v2, False
-    try:
-        yield
-    finally:
-        context.use_datasource_v2 = before
 
 
 def _checkpoint(work: ScoreWork) -> CheckpointConfig:

@@ -12,7 +12,7 @@ from bt_core import storage
 from bt_core.data.catalog import Dataset
 from bt_core.data.decode_stage import Columns, DecodeStage
 from bt_core.data.guard import MAX_RETRIES
-from bt_core.data.pipeline import bounded_retries, check_rows, configure, decode
+from bt_core.data.pipeline import bounded_retries, check_rows, configure, decode, lean_reader
 from bt_core.data.seal import refuse_test
 from bt_core.data.stream import split_streamed
 from bt_core.scans.preprocess import PreprocessSpec
@@ -118,7 +118,7 @@ def read_view(view: str, split: str) -> ray.data.Dataset:
     refuse_test(split, "pixels")
     configure()
     folder = storage.join(view, f"split={split}")
-    with bounded_retries():
+    with lean_reader(), bounded_retries():
         shards = ray.data.read_parquet(
             folder, partitioning=None, ray_remote_args={"max_retries": MAX_RETRIES}
         )
