@@ -43,6 +43,7 @@ ONLY_IN = {
         "bt_core/data/views.py",
         "bt_core/training/worker.py",
         "bt_core/training/launch.py",
+        "bt_core/training/process_group.py",
         "bt_core/training/search.py",
         "cluster/",
         "jobs/",
