@@ -19,13 +19,12 @@ import typer
 from bt_core.errors import EXIT_OK
 from jobs.bench import JsonOption, apart
 from jobs.bench_data import numbers
+from jobs.bench_scaling import NODE_CORES, SINGLE, marginal_ms, predict
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _LOOK_SECONDS = 1.0
-_SINGLE = ("driver", "gcs")
-"""What a cluster has one of: where a large one saturates first."""
 
 
 def run_pipeline(
@@ -41,11 +40,20 @@ def run_pipeline(
         ),
     ] = None,
     cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs in all, with --nodes.")] = 4,
+    model_ms: Annotated[
+        float,
+        typer.Option(
+            metavar="MS",
+            help="CPU time of a model for a scan, for what many nodes would do; three at 224 px "
+            "took 50.",
+        ),
+    ] = 50.0,
     as_json: JsonOption = False,
 ) -> int:
     """List, decode and write archives of tiny scans without a model: scans/s and memory.
 
-    Each size has a process and a Ray of its own; starting Ray is not counted.
+    Each size has a process and a Ray of its own; starting Ray is not counted. With --nodes and two
+    sizes, a model fitted to them says what up to 1,000 nodes would do, and what is full first.
     """
     rows = []
     several = [None] if nodes is None else numbers(nodes)
@@ -62,7 +70,10 @@ def run_pipeline(
             f"{row['publish_seconds']:.1f} s), driver {row['driver_bytes'] / 1e6:.0f} MB, largest "
             f"worker {row['worker_bytes'] / 1e6:.0f} MB, all workers "
             f"{row['workers_bytes'] / 1e6:.0f} MB; for each scan "
-            + ", ".join(f"{name} {row[f'{name}_ms']:.3f} ms" for name in _SINGLE)
+            + ", ".join(
+                f"{name} {1000 * row[f'{name}_seconds'] / size:.3f} ms"
+                for name in ("nodes", *SINGLE)
+            )
             + " of CPU time",
             flush=True,
         )
@@ -71,9 +82,25 @@ def run_pipeline(
         for name in ("driver_bytes", "worker_bytes", "workers_bytes")
     }
     print("largest against the first: " + ", ".join(f"{k} {v:.2f}" for k, v in growth.items()))
+    scaling = _scaling(rows, model_ms) if nodes and len(set(numbers(sizes))) > 1 else {}
     if as_json:
-        print(json.dumps({"sizes": rows, "growth": growth}))
+        print(json.dumps({"sizes": rows, "growth": growth, "scaling": scaling}))
     return EXIT_OK
+
+
+def _scaling(rows: list[dict[str, Any]], model_ms: float) -> dict[str, Any]:
+    """Print what a model fitted to these figures says of many nodes, and return it."""
+    marginal = marginal_ms(rows)
+    for num_nodes, each in marginal.items():
+        costs = ", ".join(f"{name} {ms:.3f} ms" for name, ms in each.items())
+        print(f"{num_nodes} node(s), one scan more: {costs} of CPU time")
+    predicted = {}
+    for cost in (0.0, model_ms):
+        predicted[f"{cost:g}"] = predict(marginal, cost)
+        print(f"by the model fitted to these, nodes of {NODE_CORES} cores, {cost:g} ms for a scan:")
+        for num_nodes, rate, full in predicted[f"{cost:g}"]:
+            print(f"  {num_nodes:>5} nodes: {rate:>9.0f} scans/s, {full} full")
+    return {"marginal_ms": marginal, "predicted": predicted}
 
 
 def write_tiny(path: str, num_scans: int) -> None:
@@ -139,7 +166,7 @@ def _pipeline_figures(folder: str) -> dict[str, Any]:
     source, out = f"{folder}/scans.zip", f"{folder}/out"
     work = ScoreWork(out)
     with session() as resources, _watched() as peaks:
-        before = _single_cpu_seconds()
+        before = _cpu_seconds()
         started = time.perf_counter()
         writer = ManifestWriter(work.manifest)
         num_scans = list_scans(source, sink=writer).num_scans
@@ -160,7 +187,7 @@ def _pipeline_figures(folder: str) -> dict[str, Any]:
         scored = time.perf_counter()
         published = publish(work, out, num_scans)
         ended = time.perf_counter()
-        after = _single_cpu_seconds()
+        after = _cpu_seconds()
     if published.statuses != {"scored": num_scans}:
         raise RuntimeError("a scan of the bench was not scored")
     return {
@@ -168,22 +195,26 @@ def _pipeline_figures(folder: str) -> dict[str, Any]:
         "list_seconds": listed - started,
         "score_seconds": scored - listed,
         "publish_seconds": ended - scored,
-        **{f"{name}_ms": 1000 * (after[name] - before[name]) / num_scans for name in _SINGLE},
+        **{f"{name}_seconds": after[name] - before[name] for name in after},
         "driver_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         **peaks,
     }
 
 
-def _single_cpu_seconds() -> dict[str, float]:
-    """Return the CPU time so far of what a cluster has one of, however many nodes it has."""
+def _cpu_seconds() -> dict[str, float]:
+    """Return the CPU time so far of what a cluster has one of, and of the rest of this machine.
+
+    The rest is that of the cluster's nodes, where nothing else runs here meanwhile.
+    """
     own = psutil.Process()
-    used = own.cpu_times()
+    used, machine = own.cpu_times(), psutil.cpu_times()
     found = {"driver": used.user + used.system, "gcs": 0.0}
     for process in own.children(recursive=True):
         with suppress(psutil.Error):
             if process.name() == "gcs_server":
                 times = process.cpu_times()
                 found["gcs"] += times.user + times.system
+    found["nodes"] = machine.user + machine.nice + machine.system - sum(found.values())
     return found
 
 
