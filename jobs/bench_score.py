@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -26,6 +27,7 @@ _SIDE_PX: Final = 224
 _FORWARD_SECONDS: Final = 20.0
 _FORWARD_BATCH: Final = 64
 _FORWARD_SCANS: Final = 512
+_FEW_SCANS: Final = 16
 
 
 def run_score(
@@ -53,6 +55,9 @@ def run_score(
         int, typer.Option(min=1, help="Scans of the plain loop, whose rate is steady.")
     ] = 300,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the sides take turns.")] = 2,
+    price: Annotated[
+        float, typer.Option(min=0, metavar="X", help="Of a core for an hour, in any currency.")
+    ] = 0.05,
     as_json: JsonOption = False,
 ) -> int:
     """Score a zip by `bt score` with and without its cascade, by a plain loop, and forward only.
@@ -60,8 +65,8 @@ def run_score(
     Each side is a process of its own on all cores; starting it, Ray, loading and writing count. The
     plain loop is a DataLoader and eager float32; its start is spread over as many scans as the
     others score. Forward only is what the bundle's runtimes do with scans of the archive that are
-    decoded already, one process for each core. How often the cascade agrees is also given for the
-    scans that neither trained nor chose the members.
+    decoded already, one process for each core. The start is a job of a few scans. How often the
+    cascade agrees is also given for the scans that neither trained nor chose the members.
     """
     with tempfile.TemporaryDirectory() as scratch:
         source = storage.absolute(data)
@@ -69,36 +74,57 @@ def run_score(
             storage.absolute(bundle) if bundle else _own_bundle(source, work or scratch, weights)
         )
         sides: dict[str, list[float]] = {
-            "plain": [], "ensemble": [], "cascade": [], "forward only": []
+            "plain": [], "ensemble": [], "cascade": [], "forward only": [], "without start": []
         }  # fmt: skip
         agreements = []
+        few = _first_scans(source, f"{scratch}/few.zip")
         for number in range(rounds):
             folder = os.path.join(scratch, f"round{number}")
             os.mkdir(folder)
             sides["plain"].append(apart(_plain_rate, chosen, source, folder, num_plain))
             sides["forward only"].append(_forward_rate(chosen, source))
             for side, options in (("ensemble", ["--no-cascade"]), ("cascade", [])):
-                sides[side].append(_our_rate(chosen, source, f"{folder}/{side}", options))
+                num, seconds = _our_job(chosen, source, f"{folder}/{side}", options)
+                sides[side].append(num / seconds)
+                if side == "ensemble":
+                    num_few, start = _our_job(chosen, few, f"{folder}/few", options)
+                    sides["without start"].append((num - num_few) / (seconds - start))
             agreements.append(_agreements(folder))
             print(f"round {number + 1}: " + medians_line(sides), flush=True)
-    _report(sides, agreements, as_json)
+    _report(sides, agreements, price, as_json)
     return EXIT_OK
 
 
 def _report(
-    sides: dict[str, list[float]], agreements: list[dict[str, float]], as_json: bool
+    sides: dict[str, list[float]],
+    agreements: list[dict[str, float]],
+    price: float,
+    as_json: bool,
 ) -> None:
     medians = {side: statistics.median(rates) for side, rates in sides.items()}
-    result = {
+    result: dict[str, Any] = {
         "ratio_ensemble": medians["ensemble"] / medians["plain"],
         "ratio_cascade": medians["cascade"] / medians["plain"],
         "of_forward_only": medians["ensemble"] / medians["forward only"],
+        "of_forward_only_without_start": medians["without start"] / medians["forward only"],
+        "core_hours_per_million": {
+            side: len(os.sched_getaffinity(0)) * 1e6 / 3600 / medians[side]
+            for side in ("plain", "ensemble", "cascade")
+        },
         **{name: min(one[name] for one in agreements) for name in agreements[0]},
         "scans_per_second": sides,
     }
     print(
         f"ensemble {result['ratio_ensemble']:.1f} times the plain loop's scans/s, with the cascade "
-        f"{result['ratio_cascade']:.1f} times; {result['of_forward_only']:.2f} of forward only"
+        f"{result['ratio_cascade']:.1f} times; {result['of_forward_only']:.2f} of forward only, "
+        f"{result['of_forward_only_without_start']:.2f} without the start"
+    )
+    print(
+        f"a million scans, at {price:g} for a core and an hour: "
+        + ", ".join(
+            f"{side} {hours:.1f} core-hours, {hours * price:.2f}"
+            for side, hours in result["core_hours_per_million"].items()
+        )
     )
     print(
         f"the cascade's decisions are the ensemble's in {result['agreement']:.2%} of scans, "
@@ -139,15 +165,24 @@ def _own_bundle(source: str, work: str, weights: str) -> str:
     return bundle
 
 
-def _our_rate(bundle: str, source: str, out: str, options: list[str]) -> float:
-    """Return the scans/s of one `bt score`, its start included."""
+def _first_scans(source: str, path: str) -> str:
+    """Write a zip of the first scans of another, which takes little more than starting."""
+    with zipfile.ZipFile(source) as all_scans, zipfile.ZipFile(path, "w") as few:
+        names = [name for name in all_scans.namelist() if not name.endswith("/")]
+        for name in names[:_FEW_SCANS]:
+            few.writestr(name, all_scans.read(name))
+    return path
+
+
+def _our_job(bundle: str, source: str, out: str, options: list[str]) -> tuple[int, float]:
+    """Return the scans of one `bt score` and its seconds, its start included."""
     words = [sys.executable, "-m", "jobs.score", bundle, source, "-o", out, *options]
     started = time.perf_counter()
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started
     if done.returncode not in (EXIT_OK, EXIT_INCOMPLETE):
         raise RunError(f"bt score ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-    return len(storage.read_table(f"{out}/scores", ["scan_id"])) / seconds
+    return len(storage.read_table(f"{out}/scores", ["scan_id"])), seconds
 
 
 def _plain_rate(bundle: str, source: str, folder: str, num_scans: int) -> float:
