@@ -1,22 +1,53 @@
-"""One logger, `bt`, for the whole project. Nothing is configured on import."""
+"""One logger, `bt`, for the whole project, and the id of a run. Nothing is configured on import."""
 
 import logging
+import os
+import re
+import secrets
 import sys
 import time
+from datetime import UTC, datetime
 from typing import Final
 
+from bt_core.errors import UsageError
+
 logger: Final = logging.getLogger("bt")
+RUN_ID: Final = "BT_RUN_ID"
+"""Variable of the environment by which the processes of a run have one id."""
 _EVERY_SECONDS: Final = 10.0
+_RUN_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def run_id() -> str:
+    """Return the id of this run of a command, the same in all processes that work for it.
+
+    It is `BT_RUN_ID` of the environment, where it is put if nobody has set it.
+
+    Raises:
+        UsageError: if that is no id.
+    """
+    if RUN_ID not in os.environ:
+        now = datetime.now(UTC).strftime("%y%m%d-%H%M%S")
+        os.environ[RUN_ID] = f"{now}-{secrets.token_hex(3)}"
+    given = os.environ[RUN_ID]
+    if not _RUN_ID.fullmatch(given):
+        raise UsageError(f"{RUN_ID}={given[:80]!r}: give 1 to 64 letters, digits, - or _")
+    return given
 
 
 def configure(level: int = logging.INFO) -> None:
     """Send this project's log lines to standard error; other libraries' loggers are left alone.
 
-    Calling it again only changes the level.
+    Each names its run, unless a terminal shows them. Calling it again only changes the level.
+
+    Raises:
+        UsageError: see `run_id`.
     """
     if not logger.handlers:
+        run = "" if sys.stderr and sys.stderr.isatty() else f"{run_id()} "
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        line = f"%(asctime)s {run}%(levelname)s %(message)s"
+        handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(level)

@@ -281,6 +281,11 @@ def write_table(location: str, table: pa.Table) -> None:
     write_bytes(location, sink.getvalue().to_pybytes())
 
 
+def with_run_id(table: pa.Table, run_id: str) -> pa.Table:
+    """Return a table that names the run that it is of in the metadata of its Parquet file."""
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), "bt_run_id": run_id})
+
+
 def move_dir(source: str, target: str) -> None:
     """Rename a finished folder into its place; the place must be free."""
     filesystem_, source_path = filesystem(source)

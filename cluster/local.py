@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from bt_core.errors import RunError, UsageError
+from bt_core.log import RUN_ID
 from cluster.submit import SCORING_JOB, TOKEN_FILE, has_token
 
 _START_SECONDS: Final = 120.0
@@ -128,7 +129,8 @@ def _node(options: NodeOptions, words: list[str]) -> Iterator[Node]:
         "--disable-usage-stats", f"--temp-dir={folder}",
     ]  # fmt: skip
     # A session of its own: Ctrl-C is for this process, which ends its nodes in their order.
-    environment = {**os.environ, "RAY_AUTH_MODE": "token"}
+    # And not the run of this command, which is no job's.
+    environment = {k: v for k, v in os.environ.items() if k != RUN_ID} | {"RAY_AUTH_MODE": "token"}
     path = (
         f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # `python` of jobs
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import ray
 
 from bt_core.errors import UsageError
-from bt_core.log import logger
+from bt_core.log import RUN_ID, logger, run_id
 from cluster.pins import unlike_the_lock
 from cluster.submit import SCORING_JOB, TOKEN_FILE
 
@@ -162,14 +162,16 @@ def choose_device(device: str, resources: Resources) -> str:
 
 
 def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] | None) -> None:
-    environment = {"env_vars": dict(worker_env)} if worker_env else None
+    variables = {RUN_ID: run_id(), **(worker_env or {})}
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         if address:
+            # A job that was submitted with a run id has it from there, too, which Ray would refuse.
+            os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
             ray.init(
                 address=address,
-                runtime_env=environment,
+                runtime_env={"env_vars": variables},
                 logging_level=logging.WARNING,
                 log_to_driver=False,
             )
@@ -183,7 +185,7 @@ def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] |
         ray.init(
             address="local",
             num_cpus=cores,
-            runtime_env=environment,
+            runtime_env={"env_vars": dict(worker_env)} if worker_env else None,
             include_dashboard=dashboard,
             resources={SCORING_JOB: 1} if dashboard else None,
             logging_level=logging.WARNING,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from bt_core import storage
 from bt_core.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
-from bt_core.log import logger
+from bt_core.log import RUN_ID, logger, run_id
 from bt_core.scans import limits
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def submit(address: str, module: str, arguments: list[str]) -> int:
         storage.refuse_secrets(word)
     client = _client(address)
     entrypoint = shlex.join(["python", "-m", module, *arguments])
-    job = client.submit_job(entrypoint=entrypoint, runtime_env=job_environment())
+    job = client.submit_job(entrypoint=entrypoint, runtime_env=job_environment(run_id()))
     logger.info("job %s: %s", job, entrypoint)
     return _followed(client, address, job)
 
@@ -199,13 +199,12 @@ def _client(address: str) -> "JobSubmissionClient":
         ) from error
 
 
-def job_environment() -> dict[str, object]:
-    """Return the runtime environment of a job.
+def job_environment(run: str) -> dict[str, object]:
+    """Return the runtime environment of a job whose run has this id.
 
     It uploads the checkout that this runs from; an installed package must be there already.
     """
-    variables = _variables()
-    environment: dict[str, object] = {"env_vars": variables} if variables else {}
+    environment: dict[str, object] = {"env_vars": _variables() | {RUN_ID: run}}
     root = Path(__file__).resolve().parent.parent
     if not (root / "pyproject.toml").is_file():
         return environment

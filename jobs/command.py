@@ -120,8 +120,9 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
 
     @functools.wraps(run)
     def wrapped(*, submit: str | None = None, debug: bool = False, **arguments: Any) -> None:
-        log.configure(logging.DEBUG if debug else logging.INFO)
         try:
+            log.run_id()
+            log.configure(logging.DEBUG if debug else logging.INFO)
             code = run(**arguments) if submit is None else _submit(submit, name, arguments)
         except typer.Exit:
             raise

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import typer
 
-from bt_core import __version__, storage
+from bt_core import __version__, log, storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, REASONS, UsageError
 from jobs.command import (
     BundleArgument,
@@ -135,6 +135,7 @@ def score_source(
                 num_scans=listing.num_scans,
                 started_at=started.isoformat(timespec="seconds"),
                 overwrites=overwrite,
+                run_ids=(log.run_id(),),
             )
             with writing(out):
                 if not work.is_begun():
@@ -303,6 +304,7 @@ def _manifest(
         "parts": published.parts,
         "versions": environment(),
         "attempts": job.num_attempts,
+        "run_ids": job.run_ids,
         "started_at": job.started_at,
         "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 2),

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bt_core import storage
+from bt_core import log, storage
 from bt_core.errors import EXIT_OK, UsageError
 from jobs.command import DataOption, OutOption, OverwriteOption, make_room
 from jobs.recipes_folder import RECIPES
@@ -110,15 +110,15 @@ def _claim(out: str, spec: "SweepSpec", dataset: "Dataset", recipes: list[dict[s
         "max_concurrent": spec.max_concurrent,  # Ray Tune goes on with those that it began with
         "time_budget_minutes": spec.time_budget_minutes,
     }
-    if storage.exists(marker):
-        if {k: storage.read_json(marker)[k] for k in digests} != digests:
-            raise UsageError(
-                f"{out} holds an unfinished sweep with other settings, recipes or data; finish it "
-                "with those, choose another -o, or pass --overwrite"
-            )
-        return
+    begun = storage.read_json(marker) if storage.exists(marker) else digests
+    if {key: begun[key] for key in digests} != digests:
+        raise UsageError(
+            f"{out} holds an unfinished sweep with other settings, recipes or data; finish it "
+            "with those, choose another -o, or pass --overwrite"
+        )
     settings = {"sweep": spec.model_dump(mode="json"), "dataset": dataset.location}
-    storage.write_json(marker, {**digests, **settings})
+    runs = {"run_ids": [*begun.get("run_ids", ()), log.run_id()]}
+    storage.write_json(marker, {**digests, **settings, **runs})
 
 
 def _conclude(job: "Job", dataset: "Dataset") -> int:
@@ -143,7 +143,7 @@ def _conclude(job: "Job", dataset: "Dataset") -> int:
         recipe = board.best_recipe_yaml(best, rows, spec)
         storage.write_bytes(storage.join(out, "best.yaml"), recipe)
     write_page(out, rows, spec)
-    table = board.to_table(rows, list(spec.space))
+    table = storage.with_run_id(board.to_table(rows, list(spec.space)), log.run_id())
     storage.write_table(storage.join(out, "leaderboard.parquet"), table)
     trained, planned = sum(record.num_epochs for record in records), _planned_epochs(records)
     print(f"{trained} of {planned} epochs trained; leaderboard in {out}/leaderboard.html")

@@ -110,7 +110,7 @@ class ScoringJobs:
                 entrypoint=shlex.join([sys.executable, "-m", "jobs.score", *words]),
                 submission_id=job_id,
                 metadata=metadata,
-                runtime_env=job_environment(),
+                runtime_env=job_environment(run=job_id),
                 entrypoint_resources={SCORING_JOB: 1},
             )
         except RuntimeError:

@@ -23,6 +23,7 @@ from bt_core.data.copies import plain_cell
 from bt_core.data.crash_guard import COMPUTE_SECONDS
 from bt_core.data.score_work import ScoreWork
 from bt_core.errors import REASONS
+from bt_core.log import run_id
 
 DICOM_FOLDER: Final = "dicom_results"
 PART_ROWS: Final = 25_000
@@ -164,6 +165,7 @@ def _add(published: Published, rows: pa.Table, folder: str) -> None:
         published.num_seen += pc.sum(rows["seen_in_training"]).as_py() or 0
     published.compute_seconds += pc.sum(rows[COMPUTE_SECONDS]).as_py() or 0.0
     plain = rows.drop_columns([COMPUTE_SECONDS]).replace_schema_metadata(None)
+    plain = storage.with_run_id(plain, run_id())
     sink = pa.BufferOutputStream()
     pq.write_table(plain, sink, compression="zstd")
     content = sink.getvalue().to_pybytes()

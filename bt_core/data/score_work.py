@@ -45,6 +45,8 @@ class ScoreJob(StrictModel):
     overwrites: bool = False
     """It was begun with --overwrite, so this does not ask to begin anew."""
     num_attempts: int = 1
+    run_ids: tuple[str, ...] = ()
+    """Of the attempts; the last one's files are what the job leaves."""
 
 
 class ScoreWork:
@@ -99,8 +101,8 @@ class ScoreWork:
         if self.is_begun():
             begun = self.job()
             refuse_other_work(begun, job)
-            attempts = begun.num_attempts + 1
-            job = begun.model_copy(update={"num_attempts": attempts})
+            attempts, runs = begun.num_attempts + 1, (*begun.run_ids, *job.run_ids)
+            job = begun.model_copy(update={"num_attempts": attempts, "run_ids": runs})
             storage.remove_dir(self.tries(attempts - 1))
         storage.write_json(self._job, job.model_dump())
         return job

@@ -15,6 +15,7 @@ from bt_core.data.families import FamilyStage
 from bt_core.data.pipeline import survey
 from bt_core.errors import DatasetError
 from bt_core.labels import LabelSpace
+from bt_core.log import run_id
 from bt_core.scans.archives import list_scans
 
 _REFS = ("scan_id", "uri", "member", "position", "label", "given_split", "patient")
@@ -42,6 +43,8 @@ class EvaluatedScans(StrictModel):
     """False if the source is cut short."""
     opened_at: str = ""
     """When the scans were listed or the test split was opened, in UTC."""
+    run_id: str = ""
+    """Of the command that did so, as in its log."""
 
 
 def of_dataset(
@@ -73,6 +76,7 @@ def of_dataset(
         label_conflicts=tuple(sorted(conflicts["scan_id"].to_pylist())),
         num_openings=dataset.num_openings(),
         opened_at=_now(),
+        run_id=run_id(),
     )
 
 
@@ -112,6 +116,7 @@ def of_source(
         label_conflicts=tuple(sorted(conflicts)),
         is_whole=listing.is_whole,
         opened_at=_now(),
+        run_id=run_id(),
     )
 
 

@@ -80,6 +80,7 @@ def write_report(
         "dataset_digest": tested.digest,
         "same_dataset_as_training": tested.digest == bundle.provenance.get("dataset_digest"),
         "num_test_openings": tested.num_openings,
+        "run_id": tested.run_id,
     }
     files = _rendered(figures, bundle, tested, provenance, pictures)
     files |= {f"{name}.png": png for name, png in pictures.items()}
@@ -88,7 +89,8 @@ def write_report(
         _clear(location)
     for name, content in files.items():
         storage.write_bytes(storage.join(location, name), content)
-    storage.write_table(storage.join(location, "predictions.parquet"), predictions)
+    answers = storage.with_run_id(predictions, tested.run_id)
+    storage.write_table(storage.join(location, "predictions.parquet"), answers)
     if explained is not None:
         maps = _without_hidden_pictures(explained, {i for kind in KINDS for i in chosen[kind]})
         storage.write_table(storage.join(location, "explanations.parquet"), maps)

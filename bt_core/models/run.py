@@ -61,6 +61,8 @@ class RunInfo(StrictModel):
     device: str
     seconds: float
     environment: dict[str, str]
+    run_ids: tuple[str, ...] = ()
+    """Of the commands that trained it: several where it went on after a stop."""
 
 
 class Run:

@@ -22,7 +22,7 @@ from bt_core import storage
 from bt_core.data.catalog import Dataset
 from bt_core.data.views import ensure_view, read_view
 from bt_core.errors import DatasetError, RunError, UsageError
-from bt_core.log import logger
+from bt_core.log import logger, run_id
 from bt_core.models.classifier import build_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.run import HISTORY_FILE, Run, RunInfo, environment, read_history
@@ -106,7 +106,7 @@ def train(
             than `MAX_FAILURES` times.
     """
     location = storage.absolute(location)
-    _claim(location, recipe, dataset, scaling)
+    run_ids = _claim(location, recipe, dataset, scaling)
     view = ensure_view(dataset, recipe.preprocess)
     started = time.perf_counter()
     trainer = _trainer(recipe, dataset, view, location, scaling)
@@ -121,7 +121,7 @@ def train(
         raise RunError(result.return_value)
     checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: float(pair[1][KEPT]))
     seconds = time.perf_counter() - started
-    return _finish(location, recipe, dataset, scaling, (checkpoint, metrics), seconds)
+    return _finish(location, recipe, dataset, scaling, (checkpoint, metrics), seconds, run_ids)
 
 
 def check_settings(recipe: Recipe, dataset: Dataset) -> None:
@@ -178,8 +178,12 @@ def _trainer(
     )
 
 
-def _claim(location: str, recipe: Recipe, dataset: Dataset, scaling: Scaling) -> None:
-    """Mark a folder as this run's, or go on in it if it was started with equal settings."""
+def _claim(location: str, recipe: Recipe, dataset: Dataset, scaling: Scaling) -> list[str]:
+    """Mark a folder as this run's, or go on in it if it was started with equal settings.
+
+    Returns:
+        The ids of the commands that have worked on it, this one last.
+    """
     if storage.exists(storage.join(location, "run.json")):
         raise UsageError(f"{location} holds a finished run; choose another -o or pass --overwrite")
     marker = storage.join(location, "started.json")
@@ -188,10 +192,8 @@ def _claim(location: str, recipe: Recipe, dataset: Dataset, scaling: Scaling) ->
         "dataset_digest": dataset.info.digest,
         "num_workers": scaling.num_workers,  # decides the steps of the schedule
     }
-    if not storage.exists(marker):
-        storage.write_json(marker, claim)
-        return
-    if storage.read_json(marker) != claim:
+    begun = storage.read_json(marker) if storage.exists(marker) else claim
+    if {name: begun[name] for name in claim} != claim:
         raise UsageError(
             f"{location} holds an unfinished run with other settings, data or workers; finish it "
             "with those, or pass --overwrite or another -o"
@@ -200,6 +202,9 @@ def _claim(location: str, recipe: Recipe, dataset: Dataset, scaling: Scaling) ->
     for name in storage.list_dirs(checkpoints):  # of a worker that was killed while it wrote
         if name.startswith(PARTIAL_PREFIX):
             storage.remove_dir(storage.join(checkpoints, name))
+    run_ids = [*begun.get("run_ids", ()), run_id()]
+    storage.write_json(marker, {**claim, "run_ids": run_ids})
+    return run_ids
 
 
 @contextmanager
@@ -239,6 +244,7 @@ def _finish(
     scaling: Scaling,
     best: tuple[Any, dict[str, Any]],
     seconds: float,
+    run_ids: list[str],
 ) -> Run:
     checkpoint, metrics = best
     space = dataset.info.label_space
@@ -277,6 +283,7 @@ def _finish(
         device=scaling.device,
         seconds=round(seconds, 1),
         environment=environment() | {"initial_weights_sha256": started_from},
+        run_ids=tuple(run_ids),
     )
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
     seen = dataset.catalog()  # validation scans as well: they chose the epoch, and will calibrate

@@ -19,6 +19,7 @@ from bt_core.data.catalog import Dataset
 from bt_core.data.seal import openings
 from bt_core.data.views import read_view
 from bt_core.labels import LABEL_SPACES
+from bt_core.log import run_id
 from bt_core.models.bundle import Bundle
 from bt_core.models.classifier import rebuild_classifier
 from bt_core.models.inputs import Preprocessor
@@ -237,6 +238,16 @@ def test_scores_account_for_every_scan_and_know_what_was_trained_on(chain):
         assert row["distance"] > 0
     schema = pq.read_schema(next((chain.scores / "scores").glob("*.parquet")))
     assert not any("extension" in str(field.type) for field in schema)
+
+
+def test_all_that_a_command_leaves_names_its_run(chain):
+    own = run_id()  # of all commands of this process
+    assert json.loads((chain.scores / "manifest.json").read_text())["run_ids"] == [own]
+    assert Run(str(chain.runs[0])).info.run_ids == (own,)
+    assert json.loads((chain.report / "metrics.json").read_text())["run_id"] == own
+    assert f"<code>{own}</code>" in (chain.report / "report.html").read_text()
+    for path in (*chain.scores.glob("scores/*.parquet"), chain.report / "predictions.parquet"):
+        assert pq.read_schema(path).metadata[b"bt_run_id"] == own.encode()
 
 
 def test_a_second_run_is_refused_and_overwrite_is_explicit(chain, capsys):

@@ -23,6 +23,7 @@ from bt_core.data.manifest import ManifestWriter
 from bt_core.data.publish import publish
 from bt_core.data.score_work import ScoreJob, ScoreWork, locked
 from bt_core.errors import RunError
+from bt_core.log import RUN_ID
 from bt_core.scans.archives import list_scans
 from bt_core.scans.phantom import phantom_slice
 from bt_core.scans.preprocess import PreprocessSpec
@@ -69,7 +70,8 @@ def wait_for_rows(out, process, num=1, seconds=300):
 
 def test_a_killed_job_goes_on_and_only_with_the_same_work(chain, archive, undisturbed, tmp_path):
     out = tmp_path / "out"
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_ADDRESS": address, RUN_ID: "first"}
     words = ["score", chain.bundle, archive, "-o", out]
     command = [sys.executable, "-m", "jobs.score", *map(str, words[1:])]
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
@@ -91,11 +93,13 @@ def test_a_killed_job_goes_on_and_only_with_the_same_work(chain, archive, undist
         assert refused.returncode == 2
         assert "unfinished job that is other work" in refused.stderr
         assert "--overwrite" in refused.stderr
-    again = bt_process(*words, env=environment)
+    again = bt_process(*words, env=environment | {RUN_ID: "second"})
     assert again.returncode == 3, again.stderr
     assert rows(out).equals(undisturbed)
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["attempts"] == 2, "a job that is refused is no attempt"
+    assert manifest["run_ids"] == ["first", "second"]
+    assert pq.read_schema(out / "scores" / "part-00000.parquet").metadata[b"bt_run_id"] == b"second"
     assert manifest["n_in"] == NUM_SCANS
     assert manifest["failed"] + manifest["rejected"] == 6
     assert manifest["compute_seconds"] > 0

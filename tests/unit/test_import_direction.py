@@ -15,7 +15,7 @@ FOUNDATIONS = {"errors", "labels", "log", "storage"}
 # A package of bt_core may import itself and what is listed here.
 ALLOWED = {
     "errors": set(),
-    "log": set(),
+    "log": {"errors"},
     "labels": {"errors"},
     "storage": {"errors"},
     "config": FOUNDATIONS,

@@ -33,12 +33,13 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_limits_and_the_file_of_the_key_go_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "env_vars" not in job_environment()
+    assert job_environment("one")["env_vars"] == {"BT_RUN_ID": "one"}
     monkeypatch.chdir(tmp_path)
     for name, value in (LIMITS | {"BT_HASH_KEY_FILE": "key"}).items():
         monkeypatch.setenv(name, value)
-    sent = job_environment()
-    assert sent["env_vars"] == LIMITS | {"BT_HASH_KEY_FILE": str(tmp_path / "key")}
+    sent = job_environment("one")
+    key = {"BT_HASH_KEY_FILE": str(tmp_path / "key")}
+    assert sent["env_vars"] == LIMITS | key | {"BT_RUN_ID": "one"}
     assert "working_dir" in sent
 
 
@@ -46,10 +47,10 @@ def test_the_key_itself_stays_here_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        job_environment()
+        job_environment("one")
         assert caplog.text == ""
         monkeypatch.setenv("BT_HASH_KEY", "SECRET of the site")
-        assert "SECRET" not in repr(job_environment())
+        assert "SECRET" not in repr(job_environment("one"))
     assert "BT_HASH_KEY is not sent" in caplog.text
     assert "BT_HASH_KEY_FILE" in caplog.text
     assert "SECRET" not in caplog.text
