@@ -110,7 +110,7 @@ def _claim(out: str, spec: "SweepSpec", dataset: "Dataset", recipes: list[dict[s
         "max_concurrent": spec.max_concurrent,  # Ray Tune goes on with those that it began with
         "time_budget_minutes": spec.time_budget_minutes,
     }
-    begun = storage.read_json(marker) if storage.exists(marker) else digests
+    begun: dict[str, Any] = storage.read_json(marker) if storage.exists(marker) else digests
     if {key: begun[key] for key in digests} != digests:
         raise UsageError(
             f"{out} holds an unfinished sweep with other settings, recipes or data; finish it "

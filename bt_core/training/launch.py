@@ -192,7 +192,7 @@ def _claim(location: str, recipe: Recipe, dataset: Dataset, scaling: Scaling) ->
         "dataset_digest": dataset.info.digest,
         "num_workers": scaling.num_workers,  # decides the steps of the schedule
     }
-    begun = storage.read_json(marker) if storage.exists(marker) else claim
+    begun: dict[str, Any] = storage.read_json(marker) if storage.exists(marker) else claim
     if {name: begun[name] for name in claim} != claim:
         raise UsageError(
             f"{location} holds an unfinished run with other settings, data or workers; finish it "
