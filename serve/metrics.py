@@ -13,6 +13,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from bt_core.ensemble.drift import DriftWatch
 from bt_core.models.bundle import BundleInfo
+from bt_core.telemetry import exported
 from serve.access import require
 from serve.service import Observer
 
@@ -31,21 +32,24 @@ class RayObserver(Observer):
     """Counts for Ray's exporter; each replica has its own numbers, told apart by tags."""
 
     def __init__(self) -> None:
-        self._stages = Histogram(
-            "bt_stage_seconds", "Of one scan.", boundaries=_SECONDS, tag_keys=("stage",)
+        self._stages = exported(
+            Histogram, "bt_stage_seconds", "Of one scan.", ("stage",), boundaries=_SECONDS
         )
-        self._results = Counter(
-            "bt_scans_total", "Answered or refused.", tag_keys=("status", "reason")
+        self._results = exported(
+            Counter, "bt_scans_total", "Answered or refused.", ("status", "reason")
         )
-        self._labels = Counter("bt_labels_total", "Predicted classes.", tag_keys=("label",))
-        self._turned_away = Counter("bt_turned_away_total", "Requests for which there was no room.")
-        self._shadow = Counter(
-            "bt_shadow_total", "Scans that the shadow answered, too.", tag_keys=("agrees",)
+        self._labels = exported(Counter, "bt_labels_total", "Predicted classes.", ("label",))
+        self._turned_away = exported(
+            Counter, "bt_turned_away_total", "Requests for which there was no room."
         )
-        self._drift = Gauge(
+        self._shadow = exported(
+            Counter, "bt_shadow_total", "Scans that the shadow answered, too.", ("agrees",)
+        )
+        self._drift = exported(
+            Gauge,
             "bt_drift_stability_index",
             "Of the latest 1000 answers against the validation scans; over 0.25 is a shift.",
-            tag_keys=("quantity",),
+            ("quantity",),
         )
         self._num_turned_away, self._counted_at = 0, 0.0
         self._watch: DriftWatch | None = None

@@ -10,6 +10,7 @@ name, and renamed after it. What another attempt left pending is removed with it
 """
 
 import threading
+from collections import Counter as Counts
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -19,6 +20,7 @@ import ray
 import ray.data
 import ray.exceptions
 from ray.data.checkpoint import CheckpointConfig
+from ray.util.metrics import Counter, Gauge
 
 from bt_core import storage
 from bt_core.data.crash_guard import MAX_RESTARTS, CrashGuard
@@ -36,6 +38,7 @@ from bt_core.data.score_work import ScoreWork, writing
 from bt_core.errors import RunError
 from bt_core.log import Progress
 from bt_core.scans.preprocess import PreprocessSpec
+from bt_core.telemetry import WorkClock, exported
 
 COMMIT_ROWS: Final = 256
 """Rows at least, or the last ones, that are written and put on record at once."""
@@ -99,7 +102,7 @@ def score_manifest(
             compute=ray.data.TaskPoolStrategy(size=num_overseers(num_blocks)),
             max_retries=MAX_RETRIES,
         ).map_batches(
-            CrashGuard,
+            _Counted,
             fn_constructor_args=(scorer, scorer_args, work.tries(job.num_attempts)),
             batch_size=SCORE_BATCH,
             compute=ray.data.ActorPoolStrategy(size=num_actors),
@@ -130,6 +133,23 @@ def _refs(work: ScoreWork, num_left: int, num_actors: int, row_bytes: int) -> ra
     return refs
 
 
+class _Counted(CrashGuard):
+    """Counts what is scored; a batch that is scored again counts again."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._scans = exported(Counter, "bt_score_scans_total", "Rows of a job.", ("status",))
+        self._clock = WorkClock("bt_score")
+
+    def __call__(self, columns: Columns) -> pa.Table:
+        self._clock.begins()
+        rows = super().__call__(columns)
+        self._clock.ends()
+        for status, num in Counts(rows["status"].to_pylist()).items():
+            self._scans.inc(num, {"status": status})
+        return rows
+
+
 def _checkpoint(work: ScoreWork) -> CheckpointConfig:
     config = CheckpointConfig(
         id_column="scan_id",
@@ -147,11 +167,14 @@ def _reported(work: ScoreWork, total: int, done: int) -> Iterator[None]:
     """Say how far the job is while the driver waits for it, by the rows on record."""
     ended = threading.Event()
     progress = Progress("scored", total, done)
+    left = exported(Gauge, "bt_score_left_scans", "Scans of a job that have no row yet.")
 
     def look() -> None:
         while not ended.wait(_LOOK_SECONDS):
             try:
-                progress.reach(work.num_done())
+                num_done = work.num_done()
+                progress.reach(num_done)
+                left.set(total - num_done)
             except OSError:  # a store that does not answer now; the next look may do better
                 continue
 

@@ -19,12 +19,14 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
+from ray.util.metrics import Counter
 
 from bt_core import storage
 from bt_core.data.catalog import Dataset
 from bt_core.data.views import ensure_view
 from bt_core.errors import RunError
 from bt_core.log import logger
+from bt_core.telemetry import EPOCHS, exported
 from bt_core.training.sweep import MODES, Candidate, Dimension, SweepSpec, preprocessings
 from bt_core.training.sweep_job import (
     RECIPE_KEY,
@@ -173,10 +175,12 @@ def _trial(config: dict[str, Any], job: Job) -> None:
     record = record or begin(config, job, trial_id)
     write_record(job.location, record)
     share_done = 0.0
+    epochs = exported(Counter, EPOCHS, "Epochs that were trained.")
 
     def on_epoch(so_far: TrialRecord, share: float) -> None:
         nonlocal record, share_done
         record, share_done = so_far, share
+        epochs.inc()
         write_record(job.location, so_far)
         if share < 1:  # the end is reported when all is written
             tune.report(_figures(so_far, share))

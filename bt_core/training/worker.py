@@ -19,6 +19,7 @@ import torch
 import torch.distributed
 from pyarrow import fs
 from ray.train import Checkpoint
+from ray.util.metrics import Counter
 from torch import nn
 
 from bt_core import storage
@@ -26,6 +27,7 @@ from bt_core.config import parse
 from bt_core.errors import RunError
 from bt_core.models.classifier import Classifier, build_classifier
 from bt_core.models.inputs import Preprocessor
+from bt_core.telemetry import EPOCHS, WorkClock, exported
 from bt_core.training.engine import (
     Batch,
     Predictions,
@@ -73,10 +75,14 @@ class RayContext:
         self._seed = seed
         self._history = history
         self._image_shape = image_shape
+        self._clock = WorkClock("bt_train")
+        self._scans = exported(Counter, "bt_train_scans_total", "Scans that were trained on.")
+        self._epochs = exported(Counter, EPOCHS, "Epochs that were trained.")
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         """Stream this worker's shard; a buffer shuffles rows that are stored in random order."""
         shard = ray.train.get_dataset_shard("train")
+        self._clock.asks()
         for batch in shard.iter_batches(
             batch_size=self._batch_size,
             batch_format="numpy",
@@ -85,7 +91,12 @@ class RayContext:
             local_shuffle_buffer_size=_SHUFFLE_ROWS,
             local_shuffle_seed=self._seed * 1_009 + epoch,
         ):
-            yield Batch(scan_id=batch["scan_id"], pixels=batch["pixels"], label=batch["label"])
+            self._clock.begins()
+            try:
+                yield Batch(scan_id=batch["scan_id"], pixels=batch["pixels"], label=batch["label"])
+            finally:  # an epoch leaves after its last one
+                self._clock.ends()
+                self._scans.inc(len(batch["label"]))
 
     def validation_batches(self) -> Iterator[Batch]:
         """Stream all validation rows and keep those whose id falls to this worker."""
@@ -166,6 +177,8 @@ class RayContext:
                 torch.save(state, os.path.join(folder, STATE_FILE))
                 pq.write_table(pa.table(vars(predictions)), os.path.join(folder, PREDICTIONS_FILE))
                 checkpoint = Checkpoint.from_directory(folder)
+            if self.rank == 0:
+                self._epochs.inc()
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_fn=_store_checkpoint)
 
 

@@ -23,8 +23,9 @@ ALLOWED = {
     "models": FOUNDATIONS | {"config", "scans"},
     "inference": FOUNDATIONS | {"config", "scans", "models"},
     "ensemble": FOUNDATIONS | {"config", "scans", "models", "inference"},
-    "data": FOUNDATIONS | {"config", "scans"},
-    "training": FOUNDATIONS | {"config", "scans", "models", "data"},
+    "telemetry": {"log"},
+    "data": FOUNDATIONS | {"config", "scans", "telemetry"},
+    "training": FOUNDATIONS | {"config", "scans", "models", "data", "telemetry"},
     "evaluation": FOUNDATIONS
     | {"config", "scans", "models", "inference", "ensemble", "data", "training"},
 }
@@ -37,6 +38,7 @@ ONLY_IN = {
     "openvino": ("bt_core/inference/openvino_runtime.py",),
     "nncf": ("bt_core/inference/openvino_runtime.py",),
     "ray": (
+        "bt_core/telemetry.py",
         "bt_core/data/guard.py",
         "bt_core/data/pipeline.py",
         "bt_core/data/scoring.py",
