@@ -90,6 +90,14 @@ def run(
             "for one behind a firewall.",
         ),
     ] = False,
+    traces: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Send a trace of each request to an OpenTelemetry collector, as in "
+            "http://127.0.0.1:4318: times only, nothing of a scan.",
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,7 +117,7 @@ def run(
 
     opened = Bundle(bundle)
     if swap:
-        if shadow or overrides or keys or audit or with_haproxy or scoring_sources:
+        if shadow or overrides or keys or audit or with_haproxy or scoring_sources or traces:
             raise UsageError("--swap changes the bundle alone; of other options it takes --device")
         return _swap(opened, device)
     if shadow_share is not None and not shadow:
@@ -124,6 +132,9 @@ def run(
         "scoring_sources": tuple(map(storage.absolute, scoring_sources or ())),
         "scoring_outputs": tuple(map(storage.absolute, scoring_outputs or ())),
     }
+    if traces and not traces.startswith(("http://", "https://")):
+        raise UsageError(f"--traces {traces}: write it as http://HOST:4318")
+    storage.refuse_secrets(traces or "")
     _refuse_own_options(overrides or [], {*given, "device"})
     settings = parse(ServeSettings, apply_overrides(given, overrides or []), "bt serve")
     if settings.keys is not None:
@@ -134,7 +145,7 @@ def run(
         _check_agent_port()
     beside = Bundle(shadow).location if shadow else None
     with haproxy(host) if with_haproxy else nullcontext():
-        return _serve(settings, (host, port), device, beside, shadow_share or 0.05)
+        return _serve(settings, (host, port), device, beside, shadow_share or 0.05, traces)
 
 
 def _check_agent_port() -> None:
@@ -161,13 +172,16 @@ def _serve(
     device: str,
     shadow: str | None,
     shadow_share: float,
+    traces: str | None,
 ) -> int:
     """Host until a signal comes."""
     from bt_core.models.bundle import Bundle
     from cluster.session import choose_device, session
+    from serve.tracing import ENDPOINT
 
     host, port = address
-    with session(dashboard=bool(settings.scoring_sources)) as resources:
+    collector = {ENDPOINT: traces} if traces else None
+    with session(dashboard=bool(settings.scoring_sources), worker_env=collector) as resources:
         import ray
         from ray import serve
 
@@ -176,7 +190,7 @@ def _serve(
         chosen = choose_device(device, resources)
         settings = settings.model_copy(update={"device": chosen})
         beside = settings.of_ensemble(bundle=shadow) if shadow else None
-        url = start(settings, port, host, beside, shadow_share)
+        url = start(settings, port, host, beside, shadow_share, traced=bool(traces))
         try:
             bundle_id = Bundle(settings.bundle).info.bundle_id
             print(f"bundle {bundle_id} answers at {url} (API docs: {url}/docs)")

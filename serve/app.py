@@ -19,6 +19,7 @@ from serve.explaining import ExplainerDeployment
 from serve.gateway import Gateway
 from serve.model import EnsembleDeployment
 from serve.settings import REQUEST_SECONDS, EnsembleSettings, Hosted, ServeSettings, Targets
+from serve.tracing import SERVE_CONFIG
 
 GATEWAY: Final = "bt"
 """Name of the application that has the routes."""
@@ -87,6 +88,7 @@ def start(
     host: str = "127.0.0.1",
     shadow: EnsembleSettings | None = None,
     shadow_share: float = 0.05,
+    traced: bool = False,
 ) -> str:
     """Start Serve on an address of this host and deploy; return the base URL when it is ready.
 
@@ -98,6 +100,7 @@ def start(
         host: address to listen on.
         shadow: another ensemble, whose answers are compared.
         shadow_share: of the scans that it gets.
+        traced: send spans to where `tracing.ENDPOINT` of the processes' environment says.
 
     Raises:
         UsageError: if Serve runs already, whose applications would be replaced and whose address
@@ -113,7 +116,10 @@ def start(
     status = serve.status()
     if status.applications or status.proxies:
         raise UsageError("Ray Serve already runs on this cluster; use another one, or --swap")
-    serve.start(http_options={"host": host, "port": port, "request_timeout_s": REQUEST_SECONDS})
+    serve.start(
+        http_options={"host": host, "port": port, "request_timeout_s": REQUEST_SECONDS},
+        tracing_config=SERVE_CONFIG if traced else None,
+    )
     try:
         targets = Targets(
             ensemble=_deploy(settings.of_ensemble()),

@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing
 import signal
+import time
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from bt_core.scans.formats import decode_scan
 from bt_core.scans.gate import gate
 from bt_core.scans.preprocess import Box, PreprocessSpec, preprocess_pixels, seen_box
 from bt_core.scans.views import png, reduced
+from serve import tracing
+from serve.tracing import Lap
 
 TRIES: Final = 2
 """How often an upload is decoded whose process ends, or is said to have."""
@@ -45,17 +48,35 @@ Decoded = tuple[list[np.ndarray], str, tuple[int, int], str, Shown | None]
 """Pixels_SS uint8 for each spec, the pixel digest, which frame of how many, what the input gate
 says (see `scans.gate`), and the picture, if it was asked for."""
 
+Outcome = tuple[Decoded | ScanError, list[Lap]]
+"""What became of an upload, and when its stages began and ended."""
+
 
 def decode_upload(
-    content: bytes, hint: str, specs: Sequence[PreprocessSpec], show: bool = False
+    content: bytes,
+    hint: str,
+    specs: Sequence[PreprocessSpec],
+    show: bool = False,
+    laps: list[Lap] | None = None,
 ) -> Decoded:
     """Return an uploaded scan decoded and preprocessed; `show` asks for its picture too.
+
+    Args:
+        content: of the upload.
+        hint: its file name or media type.
+        specs: how it is preprocessed.
+        show: give its picture, too.
+        laps: gets when its stages began and ended.
 
     Raises:
         ScanError: with a reason code, if it is not a scan that can be used.
     """
+    began = time.time_ns()
     scan = decode_scan(content, hint)
+    decoded = time.time_ns()
     pixels = [preprocess_pixels(scan.image_HW, spec) for spec in specs]
+    if laps is not None:
+        laps += [("decode", began, decoded), ("preprocess", decoded, time.time_ns())]
     frame = scan.frame_index, scan.num_frames
     shown = None
     if show:
@@ -98,7 +119,7 @@ class UploadDecoder:
             # When a process dies, pebble may not have read yet that it was done with one file and
             # had begun another: then the wrong one is blamed, or the pool given up.
             try:
-                outcome = await self._ask(content, hint, specs, show)
+                outcome, laps = await self._ask(content, hint, specs, show)
             except TimeoutError:
                 break
             except ProcessExpired as error:
@@ -107,6 +128,7 @@ class UploadDecoder:
             except BrokenProcessPool:
                 pass
             else:
+                tracing.add(laps)
                 if isinstance(outcome, ScanError):
                     raise outcome
                 return outcome
@@ -114,7 +136,7 @@ class UploadDecoder:
 
     async def _ask(
         self, content: bytes, hint: str, specs: tuple[PreprocessSpec, ...], show: bool
-    ) -> Decoded | ScanError:
+    ) -> Outcome:
         if not self._pool.active:
             self.close()
             self._pool = self._new_pool()
@@ -128,7 +150,7 @@ class UploadDecoder:
         future.add_done_callback(_retrieve)
         # Shielded: pebble would end the process of a client that hangs up.
         try:
-            outcome: Decoded | ScanError = await asyncio.shield(future)
+            outcome: Outcome = await asyncio.shield(future)
         except asyncio.CancelledError:
             if not task.running():  # nobody waits for what has not begun
                 task.cancel()  # type: ignore[no-untyped-call]
@@ -146,7 +168,7 @@ class UploadDecoder:
         self._pool.join()
 
 
-def _retrieve(future: "asyncio.Future[Decoded | ScanError]") -> None:
+def _retrieve(future: "asyncio.Future[Outcome]") -> None:
     """Take an exception that nobody waits for any more, which asyncio would print."""
     if not future.cancelled():
         future.exception()
@@ -158,9 +180,10 @@ def _attempt(
     specs: Sequence[PreprocessSpec],
     show: bool,
     limits: tuple[int, float],
-) -> Decoded | ScanError:
+) -> Outcome:
+    laps: list[Lap] = []
     try:
         with bounded(*limits):
-            return decode_upload(content, hint, specs, show)
+            return decode_upload(content, hint, specs, show, laps), laps
     except ScanError as error:  # as a value: pebble would hang a traceback's text on it
-        return ScanError(error.reason, error.detail)
+        return ScanError(error.reason, error.detail), laps

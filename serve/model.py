@@ -1,6 +1,7 @@
 """The deployment that holds the ensemble and answers batches."""
 
 import asyncio
+import contextvars
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -67,7 +68,7 @@ class EnsembleDeployment:
     async def _answer(
         self, pixels: Sequence[np.ndarray], pixel_sha256: Sequence[str], gates: Sequence[str]
     ) -> list[dict[str, Any]]:
-        ask = self._ensemble.answer
+        traced = contextvars.copy_context().run  # its spans belong to the request
         return await asyncio.get_running_loop().run_in_executor(
-            self._thread, ask, pixels, pixel_sha256, gates
+            self._thread, traced, self._ensemble.answer, pixels, pixel_sha256, gates
         )

@@ -17,6 +17,7 @@ from bt_core.log import logger
 from bt_core.models.bundle import BundleInfo
 from bt_core.scans.gate import GATE_REJECTS
 from bt_core.scans.views import onto_image, png
+from serve import tracing
 from serve.decoding import Shown, UploadDecoder
 from serve.hosted import HostedBundle, OverloadedError, Scan
 from serve.settings import ServeSettings
@@ -180,7 +181,8 @@ class Service:
             self._observer.answered(fields, None)
             return fields
         asked = time.perf_counter()
-        answer = await ensemble.predict(decoded.scan)
+        with tracing.span("ensemble"):
+            answer = await ensemble.predict(decoded.scan)
         ended = time.perf_counter()
         self._ask_shadow(content, hint, answer)
         stages = {"decode": asked - began, "ensemble": ended - asked, "total": ended - began}
@@ -211,8 +213,10 @@ class Service:
         if decoded is None or decoded.shown is None:
             note(fields)
             return fields, b""
-        answer = of_frame(await ensemble.predict(decoded.scan), *decoded.frame)
-        explained = await ensemble.explain(decoded.scan, answer, draw)
+        with tracing.span("ensemble"):
+            answer = of_frame(await ensemble.predict(decoded.scan), *decoded.frame)
+        with tracing.span("explain"):
+            explained = await ensemble.explain(decoded.scan, answer, draw)
         if explained.bundle_id != ensemble.info.bundle_id:  # a new one is just taking its place
             raise OverloadedError
         shown = decoded.shown

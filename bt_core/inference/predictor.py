@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from opentelemetry import trace
 
 from bt_core.errors import BundleError
 from bt_core.inference.runtime import (
@@ -25,6 +26,7 @@ from bt_core.models.inputs import Preprocessor
 from bt_core.scans.preprocess import PreprocessSpec
 from bt_core.scans.thumbnails import THUMBNAIL
 
+_tracer: Final = trace.get_tracer("bt")
 _GOLDEN_TOLERANCE: Final = 0.02
 """Kernels of other CPUs and GPUs (TF32) add in other orders; a fault is far beyond."""
 
@@ -110,14 +112,19 @@ class Predictor:
             members: places in `members` of those to ask, M of them; None asks all.
         """
         asked = range(len(self.runtimes)) if members is None else members
-        return np.stack([self.runtimes[m].run(pixels[self.spec_of[m]])[0] for m in asked])
+        return np.stack([self._run(m, pixels)[0] for m in asked])
 
     def first(self, pixels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Return the first member's logits_BK, and features_BD float32 that its head takes.
 
         Of a head that takes the whole feature map they are means over neighbours.
         """
-        return self.runtimes[0].run(pixels[self.spec_of[0]])
+        return self._run(0, pixels)
+
+    def _run(self, m: int, pixels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Return logits_BK and features_BD of a member, as a span where there are traces."""
+        with _tracer.start_as_current_span(f"member {self.members[m].name}"):
+            return self.runtimes[m].run(pixels[self.spec_of[m]])
 
     def inputs(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Return each member's model input images_BCSS, on the device, of what `logits` takes."""
