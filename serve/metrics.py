@@ -101,8 +101,8 @@ class RayObserver(Observer):
 async def metrics() -> Response:
     """Give the figures of all replicas on all nodes, as Prometheus reads them.
 
-    Ray exports them every ten seconds. Only those of this application and of Ray Serve are here;
-    each node's own exporter has all.
+    Ray exports them every ten seconds. Only those of this project and of Ray Serve are here; each
+    node's own exporter has all.
     """
     nodes = await asyncio.to_thread(ray.nodes)
     urls = [

@@ -111,6 +111,7 @@ def test_a_job_outlives_serve_and_its_key_names_it(served, places):
     manifest = storage.read_json(f"{places}/out/one/manifest.json")
     assert manifest["n_in"] == done["summary"]["n_in"] == 12
     assert done["summary"].items() <= manifest.items()
+    assert manifest["run_ids"] == [job["id"]]
     listed = served.http.get("/v1/scoring-jobs").json()["jobs"]
     assert [known["id"] for known in listed][-2:] == [second["id"], job["id"]]
     again = served.http.post(f"/v1/scoring-jobs/{job['id']}/cancel")
