@@ -162,7 +162,7 @@ def choose_device(device: str, resources: Resources) -> str:
 
 
 def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] | None) -> None:
-    variables = {RUN_ID: run_id(), **(worker_env or {})}
+    variables = {RUN_ID: run_id(), **(worker_env or {})}  # a local Ray inherits the first
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:

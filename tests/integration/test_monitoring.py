@@ -62,7 +62,8 @@ def prometheus(cluster):
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s"}
     (discovery,) = config["scrape_configs"][0]["file_sd_configs"]
     (name,) = discovery["files"]
-    discovery["files"] = [f"{home}/bt-ray-*/{Path(name).name}"]
+    (listed,) = home.glob(f"bt-ray-*/{Path(name).name}")
+    discovery["files"] = [str(listed)]
     (home / "prometheus.yaml").write_text(yaml.safe_dump(config))
     port = free_port()
     line = [
@@ -70,6 +71,8 @@ def prometheus(cluster):
         f"--web.listen-address=127.0.0.1:{port}",
     ]  # fmt: skip
     process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    time.sleep(2)
+    assert process.poll() is None, f"it takes no {home}/prometheus.yaml"
     yield Prometheus(f"http://127.0.0.1:{port}")
     process.terminate()
     process.wait(60)
@@ -97,7 +100,6 @@ def worked(cluster: Cluster, prometheus):
     train = ["--recipe", "cnn_small", "--data", data, *SMALL, "--set", "train.epochs=4"]
     bt("training", "train", *train, "-o", home / "run")
     bt("sweeping", "tune", home / "sweep.yaml", "--data", data, "-o", home / "sweep")
-    bt("scoring", "score", bundle, archive, "-o", home / "scores")
     port = free_port()
     serving = cluster.environment | {"RAY_ADDRESS": cluster.address, "BT_RUN_ID": "serving"}
     line = [str(BT), "serve", str(bundle), "--port", str(port)]
@@ -112,6 +114,7 @@ def worked(cluster: Cluster, prometheus):
     for content in (*scans, b"no scan"):
         requests.post(f"{url}/v1/predictions", data=content, timeout=60)
         time.sleep(0.2)  # so that Prometheus sees it grow
+    bt("scoring", "score", bundle, archive, "-o", home / "scores")
     yield
     server.terminate()
     server.wait(120)
@@ -130,6 +133,8 @@ def test_every_curve_of_the_dashboard_has_figures(worked, prometheus):
         empty = {title for title, text in SHOWN if not prometheus.curves(text)}
         time.sleep(2)
     assert empty == NOT_HERE
+    (scored,) = prometheus.curves("sum(ray_bt_score_scans_total)")
+    assert scored["value"][1] == "40", "each scan once"
     runs = set(prometheus.ask("label/run_id/values", **{"match[]": '{__name__=~"ray_bt_.*"}'}))
     assert runs == RUNS
 
