@@ -11,6 +11,7 @@
     │   ├── WeightsError             initial weights that cannot be had
     │   └── BundleError              a bundle that is missing, changed or not understood
     ├── RunError            exit 1   work that started and could not be finished
+    │   └── StoreError               a store behind a URI that does not answer
     ├── UnavailableError    (a log line) a way to run a classifier that this host lacks
     └── ScanError           (a row)  one scan that cannot be used; carries a reason code
 
@@ -65,6 +66,10 @@ class BundleError(UsageError):
 
 class RunError(BtError):
     """Work started and could not be finished."""
+
+
+class StoreError(RunError):
+    """A store behind a URI does not answer, however often it was asked."""
 
 
 REASONS: Final[dict[str, str]] = {

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from bt_core import log, storage
-from bt_core.errors import EXIT_FAILED, BtError, UsageError
+from bt_core.errors import EXIT_FAILED, BtError, StoreError, UsageError
+from bt_core.stores import refuse_away
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -129,16 +130,11 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
         except KeyboardInterrupt:
             _say("interrupted; give the same command again" + _GOES_ON.get(name, ""))
             code = EXIT_FAILED
-        except BtError as error:
-            if debug:
-                traceback.print_exc()
-            _say("error: " + " ".join(str(error).split()))
-            code = error.exit_code
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            _say(f"error: {_last_line(error)} (--debug shows where)")
-            code = EXIT_FAILED
+            line, code = _explained(error, name)
+            _say(f"error: {line}")
         raise typer.Exit(code)
 
     signature = inspect.signature(run)
@@ -299,6 +295,17 @@ def _job_arguments(name: str, argv: list[str], arguments: dict[str, Any]) -> lis
         else:
             result.append(word)
     return result
+
+
+def _explained(error: Exception, name: str) -> tuple[str, int]:
+    """Return what a command that failed says, and its exit code."""
+    try:
+        refuse_away(error)
+    except StoreError as away:
+        return f"{away}{_GOES_ON.get(name, '')}", away.exit_code
+    if isinstance(error, BtError):
+        return " ".join(str(error).split()), error.exit_code
+    return f"{_last_line(error)} (--debug shows where)", EXIT_FAILED
 
 
 def _last_line(error: Exception) -> str:

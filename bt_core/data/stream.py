@@ -14,6 +14,7 @@ from bt_core.data.decode_stage import CONTENT, Columns, column_of
 from bt_core.errors import BtError, ScanError
 from bt_core.scans.archives import open_archive, stream_members
 from bt_core.scans.tars import StreamedTar
+from bt_core.stores import refuse_away
 
 BATCH_ROWS: Final = 64
 """Scans that one decoding task is given."""
@@ -21,10 +22,15 @@ _BATCH_BYTES: Final = 32 * 1024**2
 
 
 def is_streamed(uri: str) -> bool:
-    """Return whether an archive can only be read in order; False if it cannot be opened."""
+    """Return whether an archive can only be read in order; False if it cannot be opened.
+
+    Raises:
+        StoreError: if its store does not answer.
+    """
     try:
         return isinstance(open_archive(uri), StreamedTar)
-    except (OSError, BtError):  # each of its scans will say so
+    except (OSError, BtError) as error:  # each of its scans will say so
+        refuse_away(error)
         return False
 
 

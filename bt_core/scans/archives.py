@@ -33,6 +33,7 @@ from bt_core.scans.members import (
 from bt_core.scans.scan_lists import SUFFIXES, read_list
 from bt_core.scans.tars import DAMAGE, StreamedTar, TarSource, open_stream
 from bt_core.scans.zips import ZipSource
+from bt_core.stores import refuse_away
 
 __all__ = [
     "Archive",
@@ -87,6 +88,7 @@ def list_scans(
     except BtError:
         raise
     except Exception as error:  # a store's own errors
+        refuse_away(error)
         raise SourceError(
             f"{storage.redact(source)} cannot be read: {type(error).__name__}"
         ) from error
@@ -101,6 +103,7 @@ def read_member(ref: ScanRef) -> bytes:
     Raises:
         ScanError: `io_error`, `member_encrypted`, `member_too_large`, `member_corrupt`,
             `unsupported_member`, `archive_method_unsupported` or `nested_archive`.
+        StoreError: if the store does not answer, which is no fault of the scan.
     """
     try:
         if ref.position < 0:
@@ -110,6 +113,7 @@ def read_member(ref: ScanRef) -> bytes:
             raise ScanError("io_error", "the archive has changed since it was listed")
         return refuse_archive(archive.read(ref))
     except (OSError, UsageError) as error:
+        refuse_away(error)
         raise ScanError("io_error", type(error).__name__) from error
 
 
@@ -118,10 +122,12 @@ def stream_members(uri: str) -> Iterator[tuple[ScanRef, bytes | ScanError]]:
 
     Raises:
         ScanError: `member_corrupt` or `io_error`, if what follows cannot be read.
+        StoreError: if the store does not answer.
     """
     try:
         archive = open_archive(uri)
     except (OSError, UsageError) as error:
+        refuse_away(error)
         raise ScanError("io_error", type(error).__name__) from error
     if not isinstance(archive, StreamedTar):
         raise ScanError("io_error", "the archive has changed since it was listed")

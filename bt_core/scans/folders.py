@@ -16,6 +16,7 @@ from bt_core import storage
 from bt_core.errors import ScanError, SourceError
 from bt_core.scans.limits import limits
 from bt_core.scans.members import UNREADABLE_FOLDER, Lister, ScanRef, check_bytes
+from bt_core.stores import refuse_away
 
 _PLAIN: Final = -1
 _ESCAPED: Final = -2
@@ -36,6 +37,7 @@ def list_folder(lister: Lister) -> None:
             f"{storage.redact(source)} holds a file name that is not UTF-8; rename it"
         ) from None
     except Exception as error:  # a store's own errors
+        refuse_away(error)
         raise SourceError(
             f"{storage.redact(source)} cannot be listed: {type(error).__name__}"
         ) from error
@@ -58,6 +60,7 @@ def read_file(ref: ScanRef) -> bytes:
 
     Raises:
         ScanError: `io_error`, `unsupported_member` or `member_too_large`.
+        StoreError: if the store does not answer.
     """
     name = ref.member
     if ref.position == _ESCAPED:
@@ -68,6 +71,7 @@ def read_file(ref: ScanRef) -> bytes:
         path = f"{root.rstrip('/')}/{name}"
         return _read_local(path) if _is_local(filesystem) else _read_remote(filesystem, path)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        refuse_away(error)
         raise ScanError("io_error", type(error).__name__) from error
 
 

@@ -21,6 +21,7 @@ from bt_core.log import logger
 from bt_core.scans.identity import patient_hash
 from bt_core.scans.limits import Limits
 from bt_core.scans.members import ATTRIBUTES, MOST_VALUES, Lister, ScanRef
+from bt_core.stores import refuse_away
 
 SUFFIXES: Final = (".csv", ".tsv", ".parquet")
 _COLUMNS: Final = {
@@ -98,6 +99,7 @@ def _rows(source: str, given: Limits) -> list[tuple[str, ...]]:
     except SourceError:
         raise
     except Exception as error:  # of the store, csv and Arrow, which may quote a patient's row
+        refuse_away(error)
         raise SourceError(
             f"{shown} is not a readable list ({type(error).__name__}); save it as CSV in UTF-8 or "
             "as Parquet"

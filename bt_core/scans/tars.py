@@ -29,6 +29,7 @@ from bt_core.scans.members import (
     refuse_archive,
 )
 from bt_core.scans.tar_headers import TarDamage, TarMember, read_header
+from bt_core.stores import refuse_away
 
 _CHUNK_BYTES: Final = 1024**2
 _STREAM_BUFFER_BYTES: Final = 8 * 1024**2
@@ -142,6 +143,7 @@ class StreamedTar:
         except DAMAGE as error:
             raise ScanError("member_corrupt", type(error).__name__) from error
         except (OSError, SourceError) as error:
+            refuse_away(error)
             raise ScanError("io_error", type(error).__name__) from error
 
     def read(self, ref: ScanRef) -> bytes:

@@ -14,7 +14,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from bt_core import storage
+from bt_core import storage, stores
 from bt_core.errors import SourceError, UsageError
 from bt_core.scans.archives import ScanRef, list_scans, read_member, stream_members
 from tests.unit.sources import FILES, PACK, contents, make_zip, refusal, tar_bytes
@@ -98,13 +98,13 @@ def test_one_request_brings_many_members(
 ) -> None:
     put(s3, "scans/many.tar", tar_bytes([(f"{i}.png", b"x" * 1000) for i in range(400)]))
     reads = []
-    readinto = storage._StoreFile.readinto
+    readinto = stores._StoreFile.readinto
 
-    def counted(self: storage._StoreFile, buffer: memoryview) -> int:
+    def counted(self: stores._StoreFile, buffer: memoryview) -> int:
         reads.append(len(buffer))
         return readinto(self, buffer)
 
-    monkeypatch.setattr(storage._StoreFile, "readinto", counted)
+    monkeypatch.setattr(stores._StoreFile, "readinto", counted)
     assert len(list_scans("s3://scans/many.tar").refs) == 400
     assert len(reads) <= 10
 
