@@ -19,6 +19,7 @@ import ray.data
 import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
 
+from bt_core import storage
 from bt_core.data.decode_stage import Columns, DecodeStage, RowStage
 from bt_core.data.families import CopyIndex, FamilyStage, Pairs, exact_pairs
 from bt_core.data.guard import MAX_RETRIES, num_overseers, oversee, oversee_stream
@@ -47,6 +48,7 @@ def configure() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = _STARVED_AFTER_SECONDS
+    context.retried_io_errors = []  # a store's client asks again by itself (`stores`)
     context.enable_progress_bars = sys.stderr.isatty()
 
 
@@ -201,10 +203,12 @@ def score(
             at least one CPU for decoding.
     """
     work = _in_actors(refs, specs, scorer, scorer_args, actors, SCANS_WORTH_AN_ACTOR)
+    filesystem, path = storage.filesystem(output)
     with bounded_retries():
         work.write_parquet(
-            output,
+            path,
             mode="append",
+            filesystem=filesystem,
             min_rows_per_file=50_000,
             ray_remote_args={"max_retries": MAX_RETRIES},
         )

@@ -3,13 +3,17 @@
 The rows are dealt out by ranges of scan_id to files below the work folder, then each range is
 sorted, held against the manifest, and written. scan_ids are digests, so ranges of equal width hold
 about equally many; were they not, parts would be of unequal size and nothing else.
+
+Objects of a store do not grow, so behind a URI rows are dealt out to the driver's temporary folder,
+which needs room for all of them: at most 1 KB each, before compression.
 """
 
 import csv
 import io
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -28,6 +32,7 @@ from bt_core.log import run_id
 DICOM_FOLDER: Final = "dicom_results"
 PART_ROWS: Final = 25_000
 _DEALT_AT_ONCE: Final = 8192
+_READ_AT_ONCE: Final = 16
 REVIEW_COLUMNS: Final = (
     "member", "status", "reason_in_words", "predicted_label", "confidence", "prediction_set",
     "reason", "scan_id",
@@ -64,15 +69,14 @@ def publish(work: ScoreWork, out: str, num_scans: int, part_rows: int = PART_ROW
     """
     num_parts = -(-num_scans // part_rows)
     starts = np.array([f"{(i << 32) // num_parts:08x}" for i in range(num_parts)])
-    dealt = storage.join(work.folder, "dealt")
-    for left in (dealt, work.parts, storage.join(out, "scores")):  # of an attempt that was killed
+    for left in (work.dealt, work.parts, storage.join(out, "scores")):  # of a killed attempt
         storage.remove_dir(left)
-    _deal(_tables(work.manifest, ["scan_id"]), starts, storage.join(dealt, "refs"))
-    _deal(_tables(work.rows), starts, storage.join(dealt, "rows"))
     published = Published()
     review = storage.join(work.folder, "review.csv")
     filesystem, path = storage.filesystem(review)
-    with filesystem.open_output_stream(path) as file:
+    with _room(work) as dealt, filesystem.open_output_stream(path) as file:
+        _deal(_tables(work.manifest, ["scan_id"]), starts, storage.join(dealt, "refs"))
+        _deal(_tables(work.rows), starts, storage.join(dealt, "rows"))
         file.write(_csv([dict(zip(REVIEW_COLUMNS, REVIEW_COLUMNS, strict=True))]))
         for i in range(num_parts):
             expected = _sorted(storage.join(dealt, "refs", f"{i:05d}"))
@@ -89,13 +93,24 @@ def publish(work: ScoreWork, out: str, num_scans: int, part_rows: int = PART_ROW
     return published
 
 
+@contextmanager
+def _room(work: ScoreWork) -> Iterator[str]:
+    """Give a folder on a disk for the rows that are dealt out."""
+    if not storage.is_uri(work.dealt):
+        yield work.dealt
+        return
+    with tempfile.TemporaryDirectory(prefix="bt-") as folder:
+        yield folder
+
+
 def _tables(folder: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """Yield the rows of a folder's files, some thousand at a time."""
-    filesystem, root = storage.filesystem(folder)
     held: list[pa.Table] = []
-    for name in storage.list_files(folder, ".parquet"):
-        with filesystem.open_input_file(f"{root}/{name}") as file:
-            held.append(pq.read_table(file, columns=columns))
+    names = storage.list_files(folder, ".parquet")
+    for start in range(0, len(names), _READ_AT_ONCE):
+        some = [storage.join(folder, name) for name in names[start : start + _READ_AT_ONCE]]
+        for content in storage.each(storage.read_bytes, some):
+            held.append(pq.read_table(pa.BufferReader(content), columns=columns))
         if sum(table.num_rows for table in held) >= _DEALT_AT_ONCE:
             yield pa.concat_tables(held)
             held = []

@@ -8,16 +8,18 @@
         manifest/       which scans there are (`manifest.ManifestWriter`)
         checkpoint/     scan_ids of the rows that are done, by Ray Data; `*.pending.parquet` are not
         rows/           these rows, in no order, and those of writes that did not end
-        tries-N/        what the scorers of attempt N were working on (`crash_guard`)
+        dealt/          the rows by ranges of scan_id (`publish`); not on a store
         parts/          the sorted rows, until they move to OUT/scores
 """
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from pyarrow import fs
@@ -26,6 +28,7 @@ from bt_core import storage
 from bt_core.config import StrictModel, parse
 from bt_core.errors import ConfigError, RunError, UsageError
 
+_PENDING: Final = ".pending.parquet"
 _UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 LOCK_FILE: Final = ".lock"
 _SAME: Final = ("bundle_id", "source", "listing_digest", "settings", "bt_version")
@@ -61,6 +64,7 @@ class ScoreWork:
         self.manifest = storage.join(self.folder, "manifest")
         self.checkpoint = storage.join(self.folder, "checkpoint")
         self.rows = storage.join(self.folder, "rows")
+        self.dealt = storage.join(self.folder, "dealt")
         self.parts = storage.join(self.folder, "parts")
         self._job = storage.join(self.folder, "job.json")
         self._counted: dict[str, int] = {}
@@ -103,26 +107,30 @@ class ScoreWork:
             refuse_other_work(begun, job)
             attempts, runs = begun.num_attempts + 1, (*begun.run_ids, *job.run_ids)
             job = begun.model_copy(update={"num_attempts": attempts, "run_ids": runs})
-            storage.remove_dir(self.tries(attempts - 1))
         storage.write_json(self._job, job.model_dump())
         return job
 
-    def tries(self, attempt: int) -> str:
-        """Return the folder of `crash_guard` for an attempt: each has its own.
-
-        So a scan that was being scored when the whole job was killed is not held guilty of it.
-        """
-        return storage.join(self.folder, f"tries-{attempt}")
-
     def num_done(self) -> int:
         """Return how many rows are done; only files that are new since the last call are read."""
-        filesystem, root = storage.filesystem(self.checkpoint)
-        for name in storage.list_files(self.checkpoint, ".parquet"):
-            if name in self._counted or name.endswith(".pending.parquet"):
-                continue
-            with filesystem.open_input_file(f"{root}/{name}") as file:
-                self._counted[name] = pq.read_metadata(file).num_rows
+        names = storage.list_files(self.checkpoint, ".parquet")
+        new = [n for n in names if n not in self._counted and not n.endswith(_PENDING)]
+        self._counted |= dict(zip(new, storage.each(self._num_rows, new), strict=True))
         return sum(self._counted.values())
+
+    def _num_rows(self, name: str) -> int:
+        content = storage.read_bytes(storage.join(self.checkpoint, name))
+        return int(pq.read_metadata(pa.BufferReader(content)).num_rows)
+
+    def settle(self) -> None:
+        """Remove what is pending of ids that are done.
+
+        A store renames by copy and removal, and a process may end in between: its rows would then
+        be removed, and its ids count as done.
+        """
+        names = set(storage.list_files(self.checkpoint, ".parquet"))
+        for name in names:
+            if name.endswith(_PENDING) and name.removesuffix(_PENDING) + ".parquet" in names:
+                storage.remove_file(storage.join(self.checkpoint, name))
 
     def remove(self) -> None:
         """Remove the folder and all that is in it."""
@@ -160,9 +168,10 @@ def writing(folder: str) -> Iterator[None]:
         why = next((os.strerror(n) for n in _UNWRITABLE if os.strerror(n) in str(error)), "")
         if not why:
             raise
+        also = f" or {tempfile.gettempdir()}" if storage.is_uri(folder) else ""
         raise RunError(
-            f"{storage.redact(folder)} cannot be written ({why}); what is scored is kept: make "
-            "room, and the same command goes on from there"
+            f"{storage.redact(folder)}{also} cannot be written ({why}); what is scored is kept: "
+            "make room, and the same command goes on from there"
         ) from error
 
 

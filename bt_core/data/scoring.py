@@ -7,6 +7,9 @@
 
 The checkpoint is Ray Data's own: the ids of a file of rows are written before it under a pending
 name, and renamed after it. What another attempt left pending is removed with its rows.
+
+Nothing lists a folder that grows while a job is under way, which on a store of objects would take
+longer with each file. What Ray Data asks a store for is in proportion to the files of rows.
 """
 
 import threading
@@ -21,9 +24,10 @@ import ray.data
 import ray.exceptions
 from ray.data.checkpoint import CheckpointConfig
 from ray.util.metrics import Counter, Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bt_core import storage
-from bt_core.data.crash_guard import MAX_RESTARTS, CrashGuard
+from bt_core.data.crash_guard import MAX_RESTARTS, CrashGuard, Tries
 from bt_core.data.decode_stage import Columns, DecodeStage
 from bt_core.data.guard import MAX_RETRIES, num_overseers, oversee, oversee_stream
 from bt_core.data.pipeline import (
@@ -78,6 +82,7 @@ def score_manifest(
     num_left = job.num_scans - num_done
     if not num_left:
         return
+    work.settle()
     configure()
     num_actors, cpus, gpus = actors
     num_actors = num_workers(num_actors, num_left)
@@ -86,12 +91,14 @@ def score_manifest(
     row_bytes = _ROW_BYTES + sum(spec.size_px**2 for spec in specs)
     block_rows = job.num_scans if is_streamed else BLOCK_ROWS
     num_blocks = -(-num_left // block_rows)
+    tries = _SharedTries()
+    rows_filesystem, rows_path = storage.filesystem(work.rows)
     with (
         lean_reader(),
         bounded_retries(),
         writing(work.folder),
         _explained(),
-        _reported(work, job.num_scans, num_done),
+        _reported(tries, job.num_scans, num_done),
     ):
         _refs(work, num_left, num_actors, row_bytes).repartition(
             target_num_rows_per_block=block_rows
@@ -103,7 +110,7 @@ def score_manifest(
             max_retries=MAX_RETRIES,
         ).map_batches(
             _Counted,
-            fn_constructor_args=(scorer, scorer_args, work.tries(job.num_attempts)),
+            fn_constructor_args=(scorer, scorer_args, tries),
             batch_size=SCORE_BATCH,
             compute=ray.data.ActorPoolStrategy(size=num_actors),
             num_cpus=cpus,
@@ -111,9 +118,9 @@ def score_manifest(
             max_restarts=MAX_RESTARTS,
             max_task_retries=-1,  # the guard ends what would go on for ever
         ).write_parquet(
-            work.rows,
+            rows_path,
             mode="append",
-            filesystem=storage.filesystem(work.rows)[0],
+            filesystem=rows_filesystem,
             min_rows_per_file=COMMIT_ROWS,
             ray_remote_args={"max_retries": MAX_RETRIES},
         )
@@ -121,9 +128,10 @@ def score_manifest(
 
 def _refs(work: ScoreWork, num_left: int, num_actors: int, row_bytes: int) -> ray.data.Dataset:
     """Return the refs of a job, without those that are done."""
+    filesystem, path = storage.filesystem(work.manifest)
     refs = ray.data.read_parquet(
-        work.manifest,
-        filesystem=storage.filesystem(work.manifest)[0],
+        path,
+        filesystem=filesystem,
         override_num_blocks=len(storage.list_files(work.manifest)),
     )
     refs.context.checkpoint_config = _checkpoint(work)
@@ -151,10 +159,11 @@ class _Counted(CrashGuard):
 
 
 def _checkpoint(work: ScoreWork) -> CheckpointConfig:
+    filesystem, path = storage.filesystem(work.checkpoint)
     config = CheckpointConfig(
         id_column="scan_id",
-        checkpoint_path=work.checkpoint,
-        override_filesystem=storage.filesystem(work.checkpoint)[0],
+        checkpoint_path=path,
+        override_filesystem=filesystem,
         delete_checkpoint_on_success=False,
     )
     config.checkpoint_actor_pool_max_size = 1
@@ -162,9 +171,38 @@ def _checkpoint(work: ScoreWork) -> CheckpointConfig:
     return config
 
 
+class _SharedTries:
+    """The records of all scorers, in an actor on the driver's node: lost only with the job."""
+
+    def __init__(self) -> None:
+        here = ray.get_runtime_context().get_node_id()
+        self._actor = (
+            ray.remote(Tries)
+            .options(
+                num_cpus=0,
+                max_restarts=-1,
+                max_task_retries=-1,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+            )
+            .remote()
+        )
+
+    def begin(self, work: str) -> int:
+        """Put work on record, and wait until it is; see `Tries`."""
+        return int(ray.get(self._actor.begin.remote(work)))
+
+    def end(self, work: str, num_rows: int) -> None:
+        """Take work off the record."""
+        self._actor.end.remote(work, num_rows)
+
+    def num_rows(self) -> int:
+        """Return how many rows the scorers have given so far."""
+        return int(ray.get(self._actor.num_rows.remote(), timeout=_LOOK_SECONDS))
+
+
 @contextmanager
-def _reported(work: ScoreWork, total: int, done: int) -> Iterator[None]:
-    """Say how far the job is while the driver waits for it, by the rows on record."""
+def _reported(tries: _SharedTries, total: int, done: int) -> Iterator[None]:
+    """Say how far the job is while the driver waits for it, by the rows of the scorers."""
     ended = threading.Event()
     progress = Progress("scored", total, done)
     left = exported(Gauge, "bt_score_left_scans", "Scans of a job that have no row yet.")
@@ -172,10 +210,10 @@ def _reported(work: ScoreWork, total: int, done: int) -> Iterator[None]:
     def look() -> None:
         while not ended.wait(_LOOK_SECONDS):
             try:
-                num_done = work.num_done()
+                num_done = min(total, done + tries.num_rows())
                 progress.reach(num_done)
                 left.set(total - num_done)
-            except OSError:  # a store that does not answer now; the next look may do better
+            except ray.exceptions.RayError:  # it is being restarted; the next look does better
                 continue
 
     thread = threading.Thread(target=look, daemon=True)

@@ -91,11 +91,13 @@ def _write_view(location: str, dataset: Dataset, spec: PreprocessSpec) -> None:
     if streamed:  # these come in the order of their archive, which may go class by class
         refs = refs.append_column("rank", pa.array(range(refs.num_rows), pa.int64()))
     decoded = decode(refs, DecodeStage((spec,)))
+    filesystem, path = storage.filesystem(location)
     with bounded_retries():
         views = decoded.map_batches(_view_rows, batch_size=_SHARD_ROWS, max_retries=MAX_RETRIES)
         views = views.sort("rank").drop_columns(["rank"]) if streamed else views
         views.write_parquet(
-            location,
+            path,
+            filesystem=filesystem,
             partition_cols=["split"],
             mode="append",
             ray_remote_args={"max_retries": MAX_RETRIES},
@@ -117,10 +119,13 @@ def read_view(view: str, split: str) -> ray.data.Dataset:
     """
     refuse_test(split, "pixels")
     configure()
-    folder = storage.join(view, f"split={split}")
+    filesystem, folder = storage.filesystem(storage.join(view, f"split={split}"))
     with lean_reader(), bounded_retries():
         shards = ray.data.read_parquet(
-            folder, partitioning=None, ray_remote_args={"max_retries": MAX_RETRIES}
+            folder,
+            filesystem=filesystem,
+            partitioning=None,
+            ray_remote_args={"max_retries": MAX_RETRIES},
         )
         dataset = shards.select_columns(
             ["scan_id", "label", "pixels"], ray_remote_args={"max_retries": MAX_RETRIES}

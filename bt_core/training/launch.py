@@ -148,6 +148,7 @@ def _trainer(
     space, counts = dataset.info.label_space, dataset.info.counts["train"]
     gpu = {"GPU": 1} if scaling.device == "cuda" else {}
     reading = ExecutionOptions(preserve_order=True)  # equal runs see equal batches
+    filesystem, path = storage.filesystem(location)
     return TorchTrainer(
         train_loop,
         train_loop_config={
@@ -166,7 +167,8 @@ def _trainer(
         ),
         run_config=RunConfig(
             name="checkpoints",
-            storage_path=location,
+            storage_path=path,
+            storage_filesystem=filesystem,
             worker_runtime_env={"env_vars": WORKER_ENV},
             failure_config=FailureConfig(
                 max_failures=MAX_FAILURES,

@@ -70,10 +70,12 @@ def search(job: Job) -> bool:
     trainable = tune.with_resources(
         tune.with_parameters(_trial, job=job), {"cpu": job.slots.cpus, "gpu": job.slots.gpus}
     )
-    folder = storage.join(job.location, _EXPERIMENT)
-    if tune.Tuner.can_restore(folder):
+    filesystem, folder = storage.filesystem(storage.join(job.location, _EXPERIMENT))
+    if tune.Tuner.can_restore(folder, storage_filesystem=filesystem):
         logger.info("going on with the sweep in %s", job.location)
-        tuner = tune.Tuner.restore(folder, trainable, resume_unfinished=True)
+        tuner = tune.Tuner.restore(
+            folder, trainable, resume_unfinished=True, storage_filesystem=filesystem
+        )
     else:
         tuner = _new_tuner(job, trainable)
     before = signal.getsignal(signal.SIGINT)
@@ -104,6 +106,7 @@ def _new_tuner(job: Job, trainable: Any) -> tune.Tuner:
         algorithm = ConcurrencyLimiter(algorithm, max_concurrent=at_once)
         num_samples *= len(names)
     minutes = spec.time_budget_minutes
+    filesystem, path = storage.filesystem(job.location)
     return tune.Tuner(
         trainable,
         param_space={RECIPE_KEY: recipe, **space},
@@ -118,7 +121,8 @@ def _new_tuner(job: Job, trainable: Any) -> tune.Tuner:
         ),
         run_config=tune.RunConfig(
             name=_EXPERIMENT,
-            storage_path=job.location,
+            storage_path=path,
+            storage_filesystem=filesystem,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=_MAX_DEATHS),
             callbacks=[_Lines()],
