@@ -13,6 +13,7 @@ from moto.moto_server.werkzeug_app import (
     MotoRequestHandler,
     create_backend_app,
 )
+from pyarrow import fs
 from werkzeug.serving import make_server
 
 _REFUSAL = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>not now</Message></Error>"
@@ -63,7 +64,8 @@ class FaultyStore:
             self.counts[kind_of(environ)] += 1
             disturbed = self._random.random() < self.share
             fault = self._random.choice(self.kinds) if disturbed else None
-            self.num_disturbed[fault] += disturbed
+            if fault is not None:
+                self.num_disturbed[fault] += 1
         if fault == "late":
             time.sleep(self.late_seconds)
         if fault in _STATUS:
@@ -74,6 +76,16 @@ class FaultyStore:
             b"".join(answer)
             return _refuse(500, start_response)
         return _broken_off(answer) if fault == "cut" else answer
+
+    def make_bucket(self, name: str) -> None:
+        """Make a bucket, whoever else may have made it."""
+        maker = fs.S3FileSystem(
+            access_key="test",
+            secret_key="test",
+            endpoint_override=self.endpoint,
+            allow_bucket_creation=True,
+        )
+        maker.create_dir(name)
 
     @contextmanager
     def disturbed(self, share: float, *kinds: int | str) -> Iterator[None]:
