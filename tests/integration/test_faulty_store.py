@@ -1,0 +1,122 @@
+"""Commands from and to a bucket whose store fails now and then, or for good: the same results."""
+
+import subprocess
+import sys
+import time
+import zipfile
+
+import cv2
+import pytest
+from pyarrow import fs
+
+from bt_core import storage
+from bt_core.data.score_work import ScoreWork
+from bt_core.scans.phantom import phantom_slice, write_archive
+from tests.conftest import SMALL, bt, bt_process
+from tests.faulty_store import FaultyStore
+from tests.tiny_bundle import make_bundle
+
+pytestmark = pytest.mark.integration
+FAULTS = (500, 503, "late", "cut")
+BUCKET = "s3://hospital"
+
+
+@pytest.fixture(scope="module")
+def store():
+    server = FaultyStore()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        server.start()
+        server.make_bucket("hospital")
+        yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def work(ray_session, store, tmp_path_factory):
+    """A folder and a bucket with the same bundle and archive, and scores of the undisturbed."""
+    folder = tmp_path_factory.mktemp("work")
+    make_bundle(folder / "bundle", sizes=(32,))
+    pictures = [
+        cv2.imencode(".png", phantom_slice("glioma", seed, 48))[1].tobytes() for seed in range(10)
+    ]
+    with zipfile.ZipFile(folder / "scans.zip", "w") as file:
+        for i in range(1500):
+            file.writestr(f"{i:04d}.png", b"broken" if i % 250 == 7 else pictures[i % 10])
+    fs.copy_files(str(folder / "bundle"), f"{BUCKET}/bundle")
+    storage.write_bytes(f"{BUCKET}/scans.zip", (folder / "scans.zip").read_bytes())
+    assert bt("score", folder / "bundle", folder / "scans.zip", "-o", folder / "out") == 3
+    return folder
+
+
+def rows(location):
+    """Return the rows of a finished job without what differs between two of them."""
+    table = storage.read_table(f"{location}/scores")
+    return table.drop_columns(["scored_at", "uri"]).sort_by("scan_id")
+
+
+def test_scores_from_and_to_a_store_that_fails_are_the_same(store, work):
+    out = f"{BUCKET}/out"
+    with store.disturbed(0.1, *FAULTS):
+        done = bt_process("score", f"{BUCKET}/bundle", f"{BUCKET}/scans.zip", "-o", out)
+    assert done.returncode == 3, done.stderr
+    assert rows(out).equals(rows(str(work / "out")))
+    assert set(store.num_disturbed) == set(FAULTS)
+    left = {name.split("/")[0] for name in storage.list_files(out)}
+    assert left == {"manifest.json", "review.csv", "scores"}
+
+
+def test_a_store_that_stays_away_ends_a_job_in_one_line_and_it_goes_on(store, work, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    out = f"{BUCKET}/kept"
+    words = ["score", f"{BUCKET}/bundle", f"{BUCKET}/scans.zip", "-o", out]
+    command = [sys.executable, "-m", "jobs.score", *words[1:]]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not ScoreWork(out).num_done() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with store.disturbed(1.0, 503):
+        errors = first.communicate(timeout=300)[1]
+    assert first.returncode == 1, errors
+    [line] = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert "does not answer: AWS Error" in line
+    assert line.endswith("the same command again: it goes on with what is not scored yet")
+    assert "Traceback" not in errors
+    assert 0 < ScoreWork(out).num_done() < 1500, "it was away in the middle"
+    again = bt_process(*words)
+    assert again.returncode == 3, again.stderr
+    assert rows(out).equals(rows(str(work / "out")))
+    assert storage.read_json(f"{out}/manifest.json")["attempts"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_model_from_a_store_that_fails_is_the_same(store, ray_session, tmp_path):
+    """prepare, train, ensemble and score, undisturbed on a disk and disturbed in a bucket."""
+    write_archive(str(tmp_path / "scans.zip"), num_per_class=20, size_px=96)
+    storage.write_bytes(f"{BUCKET}/train.zip", (tmp_path / "scans.zip").read_bytes())
+    results = []
+    for archive, at, share in (
+        (tmp_path / "scans.zip", str(tmp_path), 0.0),
+        (f"{BUCKET}/train.zip", f"{BUCKET}/chain", 0.1),
+    ):
+        steps = (
+            ["prepare", archive, "-o", f"{at}/data", "--recipe", "cnn_small"],
+            ["train", "--recipe", "cnn_small", "--data", f"{at}/data", "-o", f"{at}/run", *SMALL]
+            + ["--set", "train.epochs=2"],
+            ["ensemble", f"{at}/run", "-o", f"{at}/bundle"],
+            ["score", f"{at}/bundle", archive, "-o", f"{at}/scores"],
+        )
+        for words in steps:
+            with store.disturbed(share, *FAULTS):
+                done = bt_process(*words)
+            assert done.returncode == 0, done.stderr
+        catalog = storage.read_table(f"{at}/data/catalog.parquet").drop_columns(["uri"])
+        weights = storage.read_bytes(f"{at}/run/model.safetensors")
+        results.append((catalog.sort_by("scan_id"), weights, rows(f"{at}/scores")))
+    undisturbed, disturbed = results
+    assert disturbed[0].equals(undisturbed[0])
+    assert disturbed[1] == undisturbed[1]
+    assert disturbed[2].equals(undisturbed[2])
