@@ -41,11 +41,12 @@ _STARVED_AFTER_SECONDS: Final = 300
 def configure() -> None:
     """Set Ray Data's context for this process: fail when starved, show bars on a terminal only.
 
-    Its log lines are kept to errors: the commands say in one line each what was done.
+    It logs nothing: the commands say in one line each what was done, and what it logs of an error
+    it raises as well, so that `--debug` shows it.
     """
     # Pools are of one size: Ray Data does not add to one beside tasks that hold the other CPUs.
     warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = _STARVED_AFTER_SECONDS
     context.retried_io_errors = []  # a store's client asks again by itself (`stores`)

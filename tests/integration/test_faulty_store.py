@@ -97,6 +97,7 @@ def test_a_model_from_a_store_that_fails_is_the_same(store, ray_session, tmp_pat
     """prepare, train, ensemble and score, undisturbed on a disk and disturbed in a bucket."""
     write_archive(str(tmp_path / "scans.zip"), num_per_class=20, size_px=96)
     storage.write_bytes(f"{BUCKET}/train.zip", (tmp_path / "scans.zip").read_bytes())
+    two_epochs = ["--recipe", "cnn_small", *SMALL, "--set", "train.epochs=2"]
     results = []
     for archive, at, share in (
         (tmp_path / "scans.zip", str(tmp_path), 0.0),
@@ -104,8 +105,7 @@ def test_a_model_from_a_store_that_fails_is_the_same(store, ray_session, tmp_pat
     ):
         steps = (
             ["prepare", archive, "-o", f"{at}/data", "--recipe", "cnn_small"],
-            ["train", "--recipe", "cnn_small", "--data", f"{at}/data", "-o", f"{at}/run", *SMALL]
-            + ["--set", "train.epochs=2"],
+            ["train", "--data", f"{at}/data", "-o", f"{at}/run", *two_epochs],
             ["ensemble", f"{at}/run", "-o", f"{at}/bundle"],
             ["score", f"{at}/bundle", archive, "-o", f"{at}/scores"],
         )
