@@ -11,9 +11,11 @@ from pyarrow import fs
 
 from bt_core import storage
 from bt_core.data.score_work import ScoreWork
+from bt_core.models.bundle import Bundle
 from bt_core.scans.phantom import phantom_slice, write_archive
 from tests.conftest import SMALL, bt, bt_process
 from tests.faulty_store import FaultyStore
+from tests.integration.test_serve_command import Command
 from tests.tiny_bundle import make_bundle
 
 pytestmark = pytest.mark.integration
@@ -68,6 +70,7 @@ def test_scores_from_and_to_a_store_that_fails_are_the_same(store, work):
     assert left == {"manifest.json", "review.csv", "scores"}
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_away_ends_a_job_in_one_line_and_it_goes_on(store, work, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     out = f"{BUCKET}/kept"
@@ -89,6 +92,17 @@ def test_a_store_that_stays_away_ends_a_job_in_one_line_and_it_goes_on(store, wo
     assert again.returncode == 3, again.stderr
     assert rows(out).equals(rows(str(work / "out")))
     assert storage.read_json(f"{out}/manifest.json")["attempts"] == 2
+
+
+@pytest.mark.slow
+def test_a_bundle_in_a_store_that_fails_is_served(store, work, tmp_path):
+    with store.disturbed(0.1, *FAULTS):
+        server = Command(f"{BUCKET}/bundle", tmp_path / "serve.log")
+        try:
+            server.wait()
+            assert server.bundle_id() == Bundle(str(work / "bundle")).info.bundle_id
+        finally:
+            assert server.stop() == 0
 
 
 @pytest.mark.slow

@@ -275,6 +275,19 @@ def test_a_batch_that_ends_well_leaves_no_record():
     assert calls == [["a", "b"], ["a", "b"]]
 
 
+def test_ids_that_are_done_and_pending_stay_done(tmp_path):
+    """Of a process that ended between the copy and the removal by which stores rename."""
+    work = ScoreWork(str(tmp_path))
+    folder = tmp_path / ".work" / "checkpoint"
+    folder.mkdir(parents=True)
+    ids = pa.table({"scan_id": ["a", "b"]})
+    for name in ("0.parquet", "0.pending.parquet", "1.pending.parquet"):
+        pq.write_table(ids, folder / name)
+    work.settle()
+    assert sorted(os.listdir(folder)) == ["0.parquet", "1.pending.parquet"]
+    assert work.num_done() == 2
+
+
 def test_progress_says_how_long_it_will_take(monkeypatch, lines):
     now = [0.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
