@@ -8,6 +8,7 @@ from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
 from bt_core.scans.archives import list_scans, read_member
 from jobs import ensemble, evaluate, prepare, score, train
+from jobs.recipes_folder import RECIPES
 
 _PHANTOMS_PER_CLASS = 150
 _PHANTOM_SETTINGS = ["train.batch_size=16"]
@@ -33,8 +34,7 @@ def run(
         raise UsageError(
             f"--data lies in {out}, which the demo clears; copy it elsewhere, or use --out"
         )
-    if data:
-        list_scans(data)  # before anything is cleared
+    _check(data, weights)
     _clear(out)
     source = storage.absolute(data) if data else _phantoms(out, "archive.zip", _PHANTOMS_PER_CLASS)
     unlabelled = source if data else _phantoms(out, "unlabelled.zip", 25, seed=1, labelled=False)
@@ -60,6 +60,18 @@ def run(
         _serve_one(bundle, unlabelled, storage.join(out, "scores"))
     _summary(out)
     return EXIT_INCOMPLETE if EXIT_INCOMPLETE in codes else EXIT_OK
+
+
+def _check(data: str, weights: str) -> None:
+    """Refuse what would fail later, before an earlier demo's results are removed."""
+    from bt_core.data.catalog import label_refs
+    from bt_core.models.backbones import build_backbone
+    from bt_core.training.recipe import load_recipe
+
+    if data:
+        label_refs(list_scans(data).refs, None)
+    recipe = load_recipe("mobilenetv2", RECIPES, [f"model.weights={weights}"])
+    build_backbone(recipe.model, recipe.preprocess.size_px)
 
 
 def _clear(out: str) -> None:

@@ -23,7 +23,10 @@ def run(
 
     if os.path.exists(out) and not overwrite:
         raise UsageError(f"{out} exists; choose another name, or pass --overwrite")
-    num = write_archive(out, num_per_class=num_per_class, seed=seed, labelled=not unlabelled)
+    try:
+        num = write_archive(out, num_per_class=num_per_class, seed=seed, labelled=not unlabelled)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error.strerror}); choose another") from error
     print(f"{num} synthetic scans in {out}")
     return EXIT_OK
 

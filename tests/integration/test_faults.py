@@ -247,6 +247,20 @@ def test_overwrite_removes_nothing_but_what_the_command_wrote(chain, tmp_path):
     assert (chain.scores / "scores").exists()
 
 
+def test_a_demo_that_cannot_reach_its_end_costs_no_earlier_one(tmp_path, capfd):
+    cats, earlier = tmp_path / "scans" / "cats" / "a.png", tmp_path / "demo" / ".bt-demo"
+    for path in (cats, earlier):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"something")
+    for words, said in (
+        (["--data", tmp_path / "scans"], "unknown class folder 'cats'"),
+        (["--weights", f"local-dir:{tmp_path / 'nowhere'}"], "is not a timm folder"),
+    ):
+        assert bt("demo", "--out", earlier.parent, *words) == 2
+        assert said in capfd.readouterr().err
+        assert earlier.read_bytes() == b"something", words
+
+
 class DeadlyStage(DecodeStage):
     """A decoder that ends its process on one scan, as a bug in a native codec would."""
 

@@ -11,8 +11,10 @@ import numpy as np
 import pydicom
 import pytest
 
+from bt_core.errors import UsageError
 from bt_core.scans.phantom import phantom_slice, write_archive
 from bt_core.scans.phantom_anatomy import CLASS_NAMES
+from jobs.phantom import run
 
 SIZE_PX = 64
 NUM_PER_CLASS = 10
@@ -208,3 +210,9 @@ def test_a_refused_archive_leaves_nothing(tmp_path: Path, num_per_class: int, si
     with pytest.raises(ValueError, match=r"num_per_class = 0|size_px = 8"):
         write_archive(str(tmp_path / "scans.zip"), num_per_class, size_px=size_px)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"file/scans.zip cannot be written \(.*\); choose another"):
+        run(str(tmp_path / "file" / "scans.zip"))
