@@ -40,6 +40,10 @@ MAX_FAILURES: Final = 3
 MAX_PREEMPTIONS: Final = 10
 """Spot nodes taken away that a run survives; the default of Ray is no limit."""
 
+_LOOK_SECONDS: Final = 1.0
+_STORE_LOOK_SECONDS: Final = 10.0
+"""Of a history behind a URI, where each look takes two requests."""
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -220,8 +224,12 @@ def _progress_shown(location: str, epochs: int, trackers: Sequence[Tracker]) -> 
     def follow() -> None:
         last, over = 0, False
         while not over:
-            over = ended.wait(1.0)
-            for figures in read_history(location):
+            over = ended.wait(_STORE_LOOK_SECONDS if storage.is_uri(location) else _LOOK_SECONDS)
+            try:
+                history = read_history(location)
+            except OSError:  # a store that does not answer now; the next look may do better
+                continue
+            for figures in history:
                 if figures["epoch"] <= last:
                     continue
                 last = figures["epoch"]
