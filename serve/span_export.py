@@ -12,6 +12,19 @@ from opentelemetry.trace import Status
 from bt_core.log import run_id
 
 _DELAY_MILLISECONDS: Final = 1000
+_KEPT: Final = frozenset(
+    {
+        "app",
+        "deployment",
+        "error.type",
+        "http.request.method",
+        "http.response.status_code",
+        "http.route",
+        "replica_id",
+        "request_id",
+    }
+)
+"""Attributes of spans that are sent on."""
 
 
 def span_processors() -> list[SpanProcessor]:
@@ -22,20 +35,20 @@ def span_processors() -> list[SpanProcessor]:
 
 
 class LeanExporter(OTLPSpanExporter):
-    """Sends spans without the texts of errors, which may quote what was uploaded."""
+    """Sends spans without texts of errors and addresses: these may quote what was uploaded."""
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send spans to the collector."""
-        return super().export([_without_texts(one) for one in spans])
+        return super().export([_lean(one) for one in spans])
 
 
-def _without_texts(one: ReadableSpan) -> ReadableSpan:
+def _lean(one: ReadableSpan) -> ReadableSpan:
     return ReadableSpan(
         name=one.name,
         context=one.context,
         parent=one.parent,
         resource=one.resource,
-        attributes=one.attributes,
+        attributes={k: v for k, v in (one.attributes or {}).items() if k in _KEPT},
         kind=one.kind,
         status=Status(one.status.status_code),
         start_time=one.start_time,

@@ -1,13 +1,13 @@
-"""Traces on request: Ray Serve's spans and the stages of a scan, for an OpenTelemetry collector.
+"""Traces on request: stages of a request as spans for an OpenTelemetry collector.
 
 ::
 
-    proxy_http_request                   of each request; the caller's `traceparent` is its parent
-      replica_handle_request Gateway
+    POST /v1/predictions                 by FastAPI; the caller's `traceparent` is its parent
+      fastapi.endpoint
         decode, preprocess               in a process of its own
         ensemble
-          route_to_replica               of scans that are answered together in the first's trace
-            replica_handle_request EnsembleDeployment
+          route_to_replica               by Ray Serve, as its child; scans that are answered
+            replica_handle_request       together have one, in the first one's trace
               member NAME
 
 Spans say what took how long, and nothing of a scan. Without a collector they cost nothing.

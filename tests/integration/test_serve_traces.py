@@ -17,7 +17,7 @@ from tests.tiny_bundle import make_bundle
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-STAGES = ("proxy_http_request", "decode", "preprocess", "ensemble", "member m0", "member m1")
+STAGES = ("POST /v1/predictions", "decode", "preprocess", "ensemble", "member m0", "member m1")
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ def test_each_stage_of_a_request_is_a_span_below_the_callers(served):
     scan = encode_picture(phantom_slice("glioma", 1, 96), ".png")
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
     named = [("files", ("JOHN_DOE.png", scan))]
-    answer = requests.post(f"{url}/v1/predictions", files=named, headers=headers, timeout=60)
+    route = f"{url}/v1/predictions?pictures=false&of=JOHN_DOE"
+    answer = requests.post(route, files=named, headers=headers, timeout=60)
     assert answer.status_code == 200
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -62,8 +63,9 @@ def test_each_stage_of_a_request_is_a_span_below_the_callers(served):
         time.sleep(0.5)
     spans = {span.span_id: span for span in in_trace(found, TRACE)}
     for stage in STAGES:
-        (span,) = [one for one in spans.values() if one.name.startswith(stage)]
-        above = []
+        known = [one for one in spans.values() if one.name.startswith(stage)]
+        assert len(known) == 1, f"{stage}: {[(s.name, s.trace_id.hex()) for s in found.spans]}"
+        (span,), above = known, []
         while span.span_id in spans and span.parent_span_id in spans:
             span = spans[span.parent_span_id]
             above.append(span.name)

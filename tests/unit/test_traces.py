@@ -50,11 +50,16 @@ def test_the_stages_of_a_scan_are_spans_and_say_nothing_of_it(traced, tmp_path_f
     assert not any(span.attributes for span in found.spans)
 
 
-def test_the_text_of_an_error_stays_here(traced):
+def test_texts_of_errors_and_addresses_stay_here(traced):
     found, tracer = traced
-    with pytest.raises(ValueError, match="DOE"), tracer.start_as_current_span("fails"):
+    about = {"url.path": "/JOHN DOE", "http.route": "/v1/model"}
+    with (
+        pytest.raises(ValueError, match="DOE"),
+        tracer.start_as_current_span("fails", attributes=about),
+    ):
         raise ValueError("Invalid value: JOHN DOE")
     (span,) = found.spans
+    assert [(a.key, a.value.string_value) for a in span.attributes] == [("http.route", "/v1/model")]
     assert span.status.code == StatusCode.ERROR.value
     assert b"DOE" not in found.received
 
