@@ -56,8 +56,8 @@ class Node:
 
     def check(self) -> None:
         """Raise RunError if it has ended."""
-        if self.process.poll() is not None:
-            raise RunError(f"a node has ended: {self._last_line()}")
+        if (code := self.process.poll()) is not None:
+            raise RunError(f"a node has ended ({code}): {self._last_line()}")
 
     def stop(self) -> None:
         """Ask it to end, which takes seconds; several that are asked at once end at once."""
