@@ -207,9 +207,9 @@ def _with_intensity(drift: "DriftInfo | None", thumbnails_NFF: "np.ndarray") -> 
 def _report(info: "BundleInfo") -> None:
     from bt_core.evaluation.model_card import cascade_sentence
 
-    metrics = info.metrics
+    metrics, num = info.metrics, len(info.members)
     print(
-        f"bundle {info.bundle_id}: {len(info.members)} members ("
+        f"bundle {info.bundle_id}: {num} member{'s' if num > 1 else ''} ("
         + ", ".join(f"{m.name} {m.weight:.2f}" for m in info.members)
         + f"; {info.least_members} must answer), validation accuracy {metrics['accuracy']:.4f}, "
         f"log loss {metrics['log_loss']:.4f}; {1 - metrics['answered']:.1%} are for review"

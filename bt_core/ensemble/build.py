@@ -125,8 +125,8 @@ def calibrate(
         raise UsageError(f"{num} members; {_MOST_MEMBERS} are the most that one bundle holds")
     if quorum > num:
         raise UsageError(
-            f"a quorum of {quorum} asks for more than the {num} members; a run whose share came "
-            "out as 0 is left out, unless the weights are equal"
+            f"a quorum of {quorum} asks for more members than there are ({num}); a run whose share "
+            "came out as 0 is left out, unless the weights are equal"
         )
     sizes = range(quorum, num)
     chosen = [c for size in sizes for c in combinations(range(num), size)]
