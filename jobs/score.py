@@ -243,6 +243,34 @@ def is_of_scores(folder: str) -> bool:
     return is_flat and all(name.endswith(".parquet") for name in names)
 
 
+def refuse_foreign(out: str, is_begun: bool) -> None:
+    """Refuse a folder that holds another program's files under the names of those to be written.
+
+    Args:
+        out: the output folder.
+        is_begun: a job that was killed may have left its review.csv there.
+
+    Raises:
+        UsageError: says which.
+    """
+    manifest, foreign = storage.join(out, MANIFEST_FILE), ""
+    if not is_of_scores(storage.join(out, "scores")):
+        foreign = "folder scores"
+    elif storage.exists(manifest):
+        foreign = "" if _is_manifest(manifest) else MANIFEST_FILE
+    elif not is_begun and storage.exists(storage.join(out, "review.csv")):
+        foreign = "review.csv"
+    if foreign:
+        raise UsageError(f"{out} holds a {foreign} that no bt score wrote there; choose another -o")
+
+
+def _is_manifest(location: str) -> bool:
+    try:
+        return "n_in" in storage.read_json(location)
+    except (ValueError, TypeError):  # no JSON, or not an object
+        return False
+
+
 def _list(work: "ScoreWork", source: str, out: str, overwrite: bool) -> "tuple[Listing, str]":
     """List a source into the work folder, or once more for a job that goes on; or refuse.
 
@@ -253,10 +281,7 @@ def _list(work: "ScoreWork", source: str, out: str, overwrite: bool) -> "tuple[L
     from bt_core.scans.archives import list_scans
 
     has_scores = any(storage.exists(storage.join(out, n)) for n in (MANIFEST_FILE, "scores"))
-    if not is_of_scores(storage.join(out, "scores")):
-        raise UsageError(
-            f"{out} holds a folder scores that no bt score wrote there; choose another -o"
-        )
+    refuse_foreign(out, work.is_begun())
     is_finished = storage.exists(storage.join(out, MANIFEST_FILE))
     if is_finished:  # what was killed just before it would have removed its work folder
         work.remove()

@@ -119,9 +119,9 @@ def cascade_sentence(info: BundleInfo) -> str:
     return (
         f"{info.members[0].name} answers {cascade.answered_alone:.1%} of {cascade.num_scans} "
         f"validation scans alone; {cascade.agreement:.2%} of all answers are the ensemble's "
-        f"({cascade.agreement_by_family:.2%} one per family; {1 - cascade.max_disagreement:.1%} "
-        "of new families' are to be, in expectation). Its own review rule, fitted as the "
-        "ensemble's is, holds for these."
+        f"({cascade.agreement_by_family:.2%} one per family; at least "
+        f"{1 - cascade.max_disagreement:.1%} of new families' are to be, in expectation). Its own "
+        "review rule, fitted as the ensemble's is, holds for these."
     )
 
 

@@ -26,6 +26,7 @@ from bt_core.errors import RunError, UsageError
 from bt_core.scans.archives import list_scans
 from bt_core.scans.members import ScanRef
 from cluster.session import Resources, _refuse_too_small
+from jobs.score import refuse_foreign
 
 JOB = ScoreJob(
     bundle_id="b" * 16,
@@ -110,6 +111,23 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line():
         raise OSError(28, os.strerror(28))
     with pytest.raises(FileNotFoundError), writing("/out"):
         raise FileNotFoundError("of a source, which is no fault of the folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("manifest.json", "y"), ("manifest.json", '{"name": "my app"}'), ("review.csv", "a,b")],
+)
+def test_files_of_another_program_under_the_same_names_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=f"holds a {name} that no bt score wrote there; choose"):
+        refuse_foreign(str(tmp_path), is_begun=False)
+
+
+def test_what_a_finished_job_or_one_killed_at_its_end_left_is_its_own(tmp_path):
+    (tmp_path / "review.csv").touch()
+    refuse_foreign(str(tmp_path), is_begun=True)
+    (tmp_path / "manifest.json").write_text('{"n_in": 1}')
+    refuse_foreign(str(tmp_path), is_begun=False)
 
 
 def make_rows(ids, **columns):
