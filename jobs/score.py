@@ -45,8 +45,6 @@ class Settings:
 
 _LIGHT_CPUS: Final = 0.1
 """Of an actor that only asks an ensemble elsewhere."""
-MANIFEST_FILE: Final = "manifest.json"
-"""Written last, so its presence means that all scores are there."""
 
 
 def run(
@@ -106,7 +104,7 @@ def score_source(
     """
     from bt_core.data.dicom_stage import write_results
     from bt_core.data.publish import publish
-    from bt_core.data.score_work import ScoreJob, ScoreWork, writing
+    from bt_core.data.score_work import MANIFEST_FILE, ScoreJob, ScoreWork, writing
     from bt_core.data.scoring import score_manifest
     from bt_core.data.stream import is_streamed
     from bt_core.ensemble.scorer import Scorer
@@ -225,6 +223,7 @@ def clear_scores(out: str) -> None:
     What else a scoring job writes goes only where one has finished: it may be somebody's own.
     """
     from bt_core.data.publish import DICOM_FOLDER
+    from bt_core.data.score_work import MANIFEST_FILE, is_of_scores
 
     if storage.exists(storage.join(out, MANIFEST_FILE)):
         storage.remove_file(storage.join(out, "review.csv"))
@@ -236,41 +235,6 @@ def clear_scores(out: str) -> None:
             storage.remove_dir(storage.join(out, name))
 
 
-def is_of_scores(folder: str) -> bool:
-    """Return whether a folder holds Parquet files and nothing else, or is not there."""
-    names = storage.list_files(folder) if storage.exists(folder) else []
-    is_flat = not storage.exists(folder) or not storage.list_dirs(folder)
-    return is_flat and all(name.endswith(".parquet") for name in names)
-
-
-def refuse_foreign(out: str, is_begun: bool) -> None:
-    """Refuse a folder that holds another program's files under the names of those to be written.
-
-    Args:
-        out: the output folder.
-        is_begun: a job that was killed may have left its review.csv there.
-
-    Raises:
-        UsageError: says which.
-    """
-    manifest, foreign = storage.join(out, MANIFEST_FILE), ""
-    if not is_of_scores(storage.join(out, "scores")):
-        foreign = "folder scores"
-    elif storage.exists(manifest):
-        foreign = "" if _is_manifest(manifest) else MANIFEST_FILE
-    elif not is_begun and storage.exists(storage.join(out, "review.csv")):
-        foreign = "review.csv"
-    if foreign:
-        raise UsageError(f"{out} holds a {foreign} that no bt score wrote there; choose another -o")
-
-
-def _is_manifest(location: str) -> bool:
-    try:
-        return "n_in" in storage.read_json(location)
-    except (ValueError, TypeError):  # no JSON, or not an object
-        return False
-
-
 def _list(work: "ScoreWork", source: str, out: str, overwrite: bool) -> "tuple[Listing, str]":
     """List a source into the work folder, or once more for a job that goes on; or refuse.
 
@@ -278,6 +242,7 @@ def _list(work: "ScoreWork", source: str, out: str, overwrite: bool) -> "tuple[L
         The listing without its refs, and their digest.
     """
     from bt_core.data.manifest import ManifestWriter, RefDigest
+    from bt_core.data.score_work import MANIFEST_FILE, refuse_foreign
     from bt_core.scans.archives import list_scans
 
     has_scores = any(storage.exists(storage.join(out, n)) for n in (MANIFEST_FILE, "scores"))

@@ -31,6 +31,8 @@ from bt_core.errors import ConfigError, RunError, UsageError
 _PENDING: Final = ".pending.parquet"
 _UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 LOCK_FILE: Final = ".lock"
+MANIFEST_FILE: Final = "manifest.json"
+"""Written last, so its presence means that all scores are there."""
 _SAME: Final = ("bundle_id", "source", "listing_digest", "settings", "bt_version")
 
 
@@ -135,6 +137,41 @@ class ScoreWork:
     def remove(self) -> None:
         """Remove the folder and all that is in it."""
         storage.remove_dir(self.folder)
+
+
+def is_of_scores(folder: str) -> bool:
+    """Return whether a folder holds Parquet files and nothing else, or is not there."""
+    names = storage.list_files(folder) if storage.exists(folder) else []
+    is_flat = not storage.exists(folder) or not storage.list_dirs(folder)
+    return is_flat and all(name.endswith(".parquet") for name in names)
+
+
+def refuse_foreign(out: str, is_begun: bool) -> None:
+    """Refuse a folder that holds another program's files under the names of those to be written.
+
+    Args:
+        out: the output folder.
+        is_begun: a job that was killed may have left its review.csv there.
+
+    Raises:
+        UsageError: says which.
+    """
+    manifest, foreign = storage.join(out, MANIFEST_FILE), ""
+    if not is_of_scores(storage.join(out, "scores")):
+        foreign = "folder scores"
+    elif storage.exists(manifest):
+        foreign = "" if _is_manifest(manifest) else MANIFEST_FILE
+    elif not is_begun and storage.exists(storage.join(out, "review.csv")):
+        foreign = "review.csv"
+    if foreign:
+        raise UsageError(f"{out} holds a {foreign} that no bt score wrote there; choose another -o")
+
+
+def _is_manifest(location: str) -> bool:
+    try:
+        return "n_in" in storage.read_json(location)
+    except (ValueError, TypeError):  # no JSON, or not an object
+        return False
 
 
 def refuse_other_work(begun: ScoreJob, job: ScoreJob) -> None:
