@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from bt_core.stores import S3Store
+from bt_core.stores import S3Store, again
 from bt_core.stores import absolute as absolute
 from bt_core.stores import filesystem as filesystem
 from bt_core.stores import is_uri as is_uri
@@ -79,8 +79,12 @@ def list_dirs(location: str) -> list[str]:
 def read_bytes(location: str) -> bytes:
     """Return a file's bytes; raises FileNotFoundError as the store does."""
     filesystem_, path = filesystem(location)
-    with filesystem_.open_input_file(path) as file:
-        return bytes(file.read())
+
+    def read() -> bytes:
+        with filesystem_.open_input_file(path) as file:
+            return bytes(file.read())
+
+    return again(read)
 
 
 def write_bytes(location: str, content: bytes) -> None:
@@ -128,7 +132,7 @@ def write_json(location: str, content: object) -> None:
 def read_table(location: str, columns: list[str] | None = None) -> pa.Table:
     """Return a Parquet file, or a folder of Parquet files, as one table."""
     filesystem_, path = filesystem(location)
-    return pq.read_table(path, filesystem=filesystem_, columns=columns)
+    return again(lambda: pq.read_table(path, filesystem=filesystem_, columns=columns))
 
 
 def write_table(location: str, table: pa.Table) -> None:

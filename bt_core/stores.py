@@ -8,8 +8,10 @@ gets its client; one that stays away is `StoreError`, never a scan that cannot b
 import io
 import os
 import re
+import time
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -18,6 +20,7 @@ from pyarrow import fs
 
 from bt_core.errors import StoreError, UsageError
 
+T = TypeVar("T")
 MAX_ATTEMPTS: Final = 8
 """Of a request to S3, with pauses that double: 50 s in all. `AWS_MAX_ATTEMPTS` changes it."""
 _CONNECT_SECONDS: Final = 10.0
@@ -28,6 +31,9 @@ _AWAY: Final = re.compile(
     r"REQUEST_TIMEOUT|THROTTLING|UNKNOWN \(HTTP status (?:5\d\d|429|408)\))[^\n;]*"
 )
 """How pyarrow says that a store did not answer, however often it was asked."""
+SHORT_PART: Final = "Failed to flush response stream"
+"""What pyarrow says of an answer longer than the part of a file that it asked for, as the text of
+an error may be. It does not ask again then."""
 _BUCKET: Final = re.compile("in bucket '([^']*)'")
 _PASSWORD: Final = re.compile(r"(?:(?<=s3)://[^/@]*:|://[^/@]*:(?!\d+/))[^@]*@")
 """A URI with `user:password@`; the password may hold slashes, as keys of S3 do."""
@@ -163,6 +169,18 @@ _HELD_BYTES: Final = 512 * 1024**2
 """Largest file held in memory because its server does not read from the middle of a file."""
 
 
+def again(read: Callable[[], T]) -> T:
+    """Return what a read gives, and do it again where pyarrow does not (`SHORT_PART`)."""
+    for attempt in range(MAX_ATTEMPTS - 1):
+        try:
+            return read()
+        except OSError as error:
+            if SHORT_PART not in str(error):
+                raise
+        time.sleep(0.05 * 2**attempt)
+    return read()
+
+
 class _StoreFile(io.RawIOBase):
     """A file of a store as a raw Python file, each of whose failures is an OSError."""
 
@@ -188,7 +206,7 @@ class _StoreFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), max(0, self._size - self._position))
         try:
-            content = self._file.read_at(wanted, self._position) if wanted else b""
+            content = again(lambda: self._file.read_at(wanted, self._position)) if wanted else b""
         except OSError:
             raise
         except Exception as error:  # whatever a store's client raises

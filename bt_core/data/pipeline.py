@@ -27,6 +27,7 @@ from bt_core.data.stream import split_streamed
 from bt_core.log import Progress
 from bt_core.scans.preprocess import PreprocessSpec
 from bt_core.scans.thumbnails import SPECTRUM_LENGTH, THUMBNAIL
+from bt_core.stores import SHORT_PART
 
 SCORE_BATCH: Final = 64
 _SEARCH_ROWS: Final = 2048
@@ -49,7 +50,7 @@ def configure() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = _STARVED_AFTER_SECONDS
-    context.retried_io_errors = []  # a store's client asks again by itself (`stores`)
+    context.retried_io_errors = [SHORT_PART]  # of others a store's client asks again by itself
     context.enable_progress_bars = sys.stderr.isatty()
 
 

@@ -72,6 +72,15 @@ def test_a_large_file_comes_through_faults_whole(store, bucket):
     assert store.num_disturbed.total()
 
 
+def test_a_part_shorter_than_the_text_of_an_error_comes_through_faults(store, bucket):
+    storage.write_bytes(f"{bucket}/a", b"12345")
+    filesystem, path = storage.filesystem(f"{bucket}/a")
+    with store.disturbed(0.3, 500, 503):
+        assert storage.each(storage.read_bytes, [f"{bucket}/a"] * 16) == [b"12345"] * 16
+        with storage.open_file(filesystem, path, buffer_bytes=1) as file:
+            assert [file.read(1) for _ in range(5)] == [b"1", b"2", b"3", b"4", b"5"]
+
+
 def test_a_small_file_takes_one_request_to_write_and_two_to_read(store, bucket):
     storage.write_json(f"{bucket}/a/b/c.json", [1])
     assert store.counts == {"PUT": 1}
