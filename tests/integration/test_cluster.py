@@ -40,9 +40,9 @@ class Cluster:
         environment = {k: v for k, v in (self.environment | changed).items() if v is not None}
         return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
 
-    def job(self, *words):
+    def job(self, *words, **changed):
         """Run a command as a job; return what it printed."""
-        done = self.bt(*words, "--submit", self.dashboard)
+        done = self.bt(*words, "--submit", self.dashboard, **changed)
         assert done.returncode in (0, 3), done.stdout + done.stderr
         return done.stdout
 
@@ -167,8 +167,11 @@ def test_an_archive_in_a_bucket_is_scored_into_the_bucket(cluster, chain, tmp_pa
         if file.is_file():
             at = f"{site}/bundle/{file.relative_to(chain.bundle)}"
             storage.write_bytes(at, file.read_bytes())
-    cluster.job("score", f"{site}/bundle", f"{site}/scans.zip", "-o", f"{site}/out")
+    words = ("score", f"{site}/bundle", f"{site}/scans.zip", "-o", f"{site}/out")
+    said = cluster.job(*words, BT_RUN_ID="from-here")
     manifest = storage.read_json(f"{site}/out/manifest.json")
+    assert manifest["run_ids"] == ["from-here"]
+    assert " from-here INFO Ray: " in said, "the log of the job"
     own = json.loads((chain.scores / "manifest.json").read_text())
     names = ("n_in", "scored", "deferred", "rejected", "failed", "bundle_id")
     assert {name: manifest[name] for name in names} == {name: own[name] for name in names}

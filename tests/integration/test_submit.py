@@ -1,7 +1,6 @@
 """Commands as jobs on a Ray cluster: the log comes back, the exit code is kept."""
 
 import os
-import shlex
 import subprocess
 import sys
 
@@ -29,20 +28,14 @@ def test_a_command_runs_as_a_job_and_streams_its_output(dashboard, tmp_path):
     assert out.exists()
 
 
-def test_the_workers_of_a_job_know_its_run(dashboard):
-    """Also of one that was submitted with its id, and of a driver that joins."""
+def test_the_workers_of_a_driver_that_joins_know_its_run(ray_session):
     program = (
         "import os, ray; from bt_core.log import run_id; from cluster.session import session\n"
         "from cluster.submit import use_token; use_token(os.environ['RAY_ADDRESS'])\n"
         "with session(): print('workers of', ray.get(ray.remote(run_id).remote()))"
     )
-    line = [sys.executable, "-c", program]
-    environment = {"BT_RUN_ID": "of-a-job", "PYTHONPATH": os.getcwd()}
-    client = JobSubmissionClient(dashboard)
-    job = client.submit_job(entrypoint=shlex.join(line), runtime_env={"env_vars": environment})
-    assert bt("jobs", "follow", job, "--cluster", dashboard) == 0
-    assert "workers of of-a-job\n" in client.get_job_logs(job)
     address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "BT_RUN_ID": "of-a-driver"}
+    line = [sys.executable, "-c", program]
     joined = subprocess.run(
         line, env=os.environ | address, capture_output=True, text=True, check=True
     )
