@@ -23,6 +23,11 @@ from bt_core.errors import StoreError, UsageError
 T = TypeVar("T")
 MAX_ATTEMPTS: Final = 8
 """Of a request to S3, with pauses that double: 50 s in all. `AWS_MAX_ATTEMPTS` changes it."""
+VARIABLES: Final = (
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION",
+    "AWS_MAX_ATTEMPTS",
+)  # fmt: skip
+"""Of the environment: where a store is and how often it is asked, without what is secret."""
 _CONNECT_SECONDS: Final = 10.0
 _SILENT_SECONDS: Final = 30.0
 """How long an answer may stand still before its request counts as failed."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ray
 
+from bt_core import stores
 from bt_core.errors import UsageError
 from bt_core.log import RUN_ID, logger, run_id
 from cluster.pins import unlike_the_lock
@@ -162,7 +163,9 @@ def choose_device(device: str, resources: Resources) -> str:
 
 
 def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] | None) -> None:
-    variables = {RUN_ID: run_id(), **(worker_env or {})}  # a local Ray inherits the first
+    # A local Ray inherits all but the last.
+    store = {name: os.environ[name] for name in stores.VARIABLES if name in os.environ}
+    variables = {RUN_ID: run_id(), **store, **(worker_env or {})}
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:

@@ -8,8 +8,9 @@ import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
 
-from bt_core import storage
+from bt_core import storage, stores
 from bt_core.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
 from bt_core.log import RUN_ID, logger, run_id
 from bt_core.scans import limits
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 SCORING_JOB: Final = "scoring_job"
 """A resource of Ray: as many scoring jobs of the HTTP API run at once as nodes declare of it, since
 two that share few CPUs may each hold what the other waits for."""
+_LOOK_SECONDS: Final = 30.0
+"""Between two looks whether the cluster of a job can still be reached, and for each."""
 TOKEN_FILE: Final = Path("~/.ray/auth_token")
 _THIS_MACHINE: Final = frozenset({"", "127.0.0.1", "localhost", "::1"})
 _TALKATIVE: Final = (
@@ -49,6 +52,11 @@ def submit(address: str, module: str, arguments: list[str]) -> int:
     """
     for word in arguments:
         storage.refuse_secrets(word)
+    if "AWS_SECRET_ACCESS_KEY" in os.environ and any("s3://" in word for word in arguments):
+        logger.warning(
+            "AWS_SECRET_ACCESS_KEY is not sent, since the dashboard shows a job's settings to "
+            "everyone; the cluster's nodes need credentials of their own"
+        )
     client = _client(address)
     entrypoint = shlex.join(["python", "-m", module, *arguments])
     job = client.submit_job(entrypoint=entrypoint, runtime_env=job_environment(run_id()))
@@ -99,7 +107,7 @@ def _followed(client: "JobSubmissionClient", address: str, job: str) -> int:
 
     again = f"bt jobs follow {job} --cluster {address}"
     try:
-        asyncio.run(_stream(client, job))
+        asyncio.run(_stream(client, address, job))
         details = client.get_job_info(job)
     except KeyboardInterrupt:
         if not _wants_stop(job):
@@ -219,14 +227,36 @@ def _variables() -> dict[str, str]:
             "BT_HASH_KEY is not sent, since the dashboard shows a job's settings to everyone; put "
             "the key into a file on the cluster's nodes and name it by BT_HASH_KEY_FILE"
         )
-    variables = {name: os.environ[name] for name in limits.VARIABLES if name in os.environ}
+    taken = (*limits.VARIABLES, *stores.VARIABLES)
+    variables = {name: os.environ[name] for name in taken if name in os.environ}
+    for name in stores.VARIABLES:
+        storage.refuse_secrets(variables.get(name, ""))
     if location := os.environ.get("BT_HASH_KEY_FILE"):
         storage.refuse_secrets(location)
         variables["BT_HASH_KEY_FILE"] = storage.absolute(location)
     return variables
 
 
-async def _stream(client: "JobSubmissionClient", job: str) -> None:
+async def _stream(client: "JobSubmissionClient", address: str, job: str) -> None:
+    """Print the log of a job until it ends.
+
+    Raises:
+        OSError: if the cluster cannot be reached any more. A machine that is switched off does not
+            close the connection over which the log comes.
+    """
+    place = urlsplit(address)
+    port = place.port or (443 if place.scheme == "https" else 80)
+    streaming = asyncio.create_task(_print_log(client, job))
+    while not streaming.done():
+        await asyncio.wait({streaming}, timeout=_LOOK_SECONDS)
+        if not streaming.done():
+            reached = asyncio.open_connection(place.hostname, port)
+            _, writer = await asyncio.wait_for(reached, timeout=_LOOK_SECONDS)
+            writer.close()
+    await streaming
+
+
+async def _print_log(client: "JobSubmissionClient", job: str) -> None:
     async for text in client.tail_job_logs(job):
         sys.stdout.write(text)
         sys.stdout.flush()

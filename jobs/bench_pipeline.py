@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import resource
 import tempfile
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import psutil
 import typer
 
-from bt_core.errors import EXIT_OK
+from bt_core.errors import EXIT_OK, UsageError
 from jobs.bench import JsonOption, apart
 from jobs.bench_data import numbers
 from jobs.bench_scaling import NODE_CORES, SINGLE, marginal_ms, predict
@@ -35,11 +36,11 @@ def run_pipeline(
         str | None,
         typer.Option(
             metavar="N,N,...",
-            help="Numbers of nodes, each with its share of the CPUs, to run the sizes on; a number "
-            "divides --cpus. [default: a Ray of one node in the same process]",
+            help="Numbers of nodes, each with its share of the CPUs, two at least, to run the "
+            "sizes on. [default: a Ray of one node in the same process]",
         ),
     ] = None,
-    cpus: Annotated[int, typer.Option(min=1, help="Logical CPUs in all, with --nodes.")] = 4,
+    cpus: Annotated[int, typer.Option(min=2, help="Logical CPUs in all, with --nodes.")] = 8,
     model_ms: Annotated[
         float,
         typer.Option(
@@ -57,6 +58,12 @@ def run_pipeline(
     """
     rows = []
     several = [None] if nodes is None else numbers(nodes)
+    for num_nodes in several:
+        if num_nodes and (cpus % num_nodes or cpus < 2 * num_nodes):
+            raise UsageError(
+                f"--nodes {num_nodes} --cpus {cpus}: a node's share is a whole number of CPUs, two "
+                f"at least; use --cpus {2 * math.lcm(*numbers(nodes or '1'))}"
+            )
     for num_nodes, size in itertools.product(several, numbers(sizes)):
         with tempfile.TemporaryDirectory() as folder:
             write_tiny(f"{folder}/scans.zip", size)

@@ -21,7 +21,6 @@ _KEPT: Final = frozenset(
         "http.response.status_code",
         "http.route",
         "replica_id",
-        "request_id",
     }
 )
 """Attributes of spans that are sent on."""

@@ -10,6 +10,8 @@ which needs room for all of them: at most 1 KB each, before compression.
 
 import csv
 import io
+import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -99,8 +101,14 @@ def _room(work: ScoreWork) -> Iterator[str]:
     if not storage.is_uri(work.dealt):
         yield work.dealt
         return
-    with tempfile.TemporaryDirectory(prefix="bt-") as folder:
+    name = f"bt-dealt-{storage.digest_of(work.dealt)[:16]}"
+    folder = os.path.join(tempfile.gettempdir(), name)
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed: it holds names
+    os.mkdir(folder, 0o700)
+    try:
         yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def _tables(folder: str, columns: list[str] | None = None) -> Iterator[pa.Table]:

@@ -223,6 +223,7 @@ def _reported(tries: _SharedTries, total: int, done: int) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+    left.set(0)
 
 
 @contextmanager

@@ -24,9 +24,10 @@ from ray.util.metrics import Counter
 from bt_core import storage
 from bt_core.data.catalog import Dataset
 from bt_core.data.views import ensure_view
-from bt_core.errors import RunError
+from bt_core.errors import RunError, StoreError
 from bt_core.log import logger
 from bt_core.telemetry import EPOCHS, exported
+from bt_core.training.learner import is_out_of_memory
 from bt_core.training.sweep import MODES, Candidate, Dimension, SweepSpec, preprocessings
 from bt_core.training.sweep_job import (
     RECIPE_KEY,
@@ -44,8 +45,9 @@ _EXPERIMENT: Final = "tune"
 _SHARE, _SCORE = "share_done", "score"
 _WORST: Final = {"max": -1.0, "min": 1e6}
 """Score of a trial that failed."""
-_MAX_DEATHS: Final = 1
-"""Times that a trial whose process died is started again."""
+_MAX_DEATHS: Final = 3
+"""Times that a trial whose process died, or whose node, is started again."""
+_CUT_OFF: Final = "its records or scans cannot be read or written"
 
 
 def prepare_views(dataset: Dataset, spec: SweepSpec, found: list[Candidate]) -> dict[str, str]:
@@ -62,7 +64,7 @@ def search(job: Job) -> bool:
         Whether it ran to its end; False if it was interrupted.
 
     Raises:
-        RunError: if Tune itself failed.
+        RunError: if Tune itself failed, or the store or disk of the sweep failed some trials.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # records are ours; Tune's say no more
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # with verbose=0, no tables of its own
@@ -74,7 +76,11 @@ def search(job: Job) -> bool:
     if tune.Tuner.can_restore(folder, storage_filesystem=filesystem):
         logger.info("going on with the sweep in %s", job.location)
         tuner = tune.Tuner.restore(
-            folder, trainable, resume_unfinished=True, storage_filesystem=filesystem
+            folder,
+            trainable,
+            resume_unfinished=True,
+            restart_errored=True,  # what has failed by itself is on record, and reported from there
+            storage_filesystem=filesystem,
         )
     else:
         tuner = _new_tuner(job, trainable)
@@ -168,8 +174,19 @@ def _trial(config: dict[str, Any], job: Job) -> None:
     """Run in a process of its own, with as many threads as it holds CPUs.
 
     What goes wrong in the training itself is reported as a worst score and not raised: raised, it
-    would cost a new process, and a second try that fails in the same way.
+    would cost a new process, and a second try that fails in the same way. A store or a disk that
+    fails is no fault of the trial: it is tried again, and by the next command.
+
+    Raises:
+        RunError: if its files cannot be read or written.
     """
+    try:
+        _run(config, job)
+    except (OSError, StoreError) as error:
+        raise RunError(f"{_CUT_OFF}: {type(error).__name__}: {error}") from error
+
+
+def _run(config: dict[str, Any], job: Job) -> None:
     trial_id = tune.get_context().get_trial_id()
     record = read_record(job.location, trial_id)
     if record is not None and record.status in ("finished", "failed"):  # Tune did not see its end
@@ -197,6 +214,8 @@ def _trial(config: dict[str, Any], job: Job) -> None:
             record = run_trial(record, Dataset(job.dataset), on_epoch, on_fit, done)
             share_done = 1.0
         except Exception as error:
+            if isinstance(error, OSError | StoreError) and not is_out_of_memory(error):
+                raise
             record = record.model_copy(update={"status": "failed", "reason": reason_of(error)})
         write_record(job.location, record)
     tune.report(_figures(record, share_done))
@@ -235,11 +254,18 @@ def _settle(job: Job, trials: Sequence[Any]) -> None:
 
     Trials that Tune does not know were begun after its last snapshot before a kill; others have
     taken their place.
+
+    Raises:
+        RunError: if a store or a disk failed some, which are to go on.
     """
     drop_all_but(job.location, {trial.trial_id for trial in trials})
+    cut_off = []
     for trial in trials:
         record = read_record(job.location, trial.trial_id)
         if record is not None and record.status != "running":
+            continue
+        if trial.status == "ERROR" and _CUT_OFF in f"{trial.get_error()}":
+            cut_off.append(trial)  # it stays as it is
             continue
         if trial.status == "ERROR":
             update = {"status": "failed", "reason": _reason_of_death(trial)}
@@ -249,6 +275,12 @@ def _settle(job: Job, trials: Sequence[Any]) -> None:
             continue  # it goes on when the command is given again
         record = record or begin(trial.config, job, trial.trial_id)
         write_record(job.location, record.model_copy(update=update))
+    if cut_off:
+        last = f"{cut_off[0].get_error()}".strip().splitlines()[-1]
+        raise RunError(
+            f"{len(cut_off)} of {len(trials)} trials could not go on ({last}); what is trained is "
+            "kept, and the same command goes on from there"
+        )
 
 
 def _reason_of_stop(trial: Any, spec: SweepSpec) -> str:

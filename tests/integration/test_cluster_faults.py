@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
+import sys
 import time
 from contextlib import ExitStack, contextmanager
 
@@ -28,6 +28,12 @@ NUM_NODES = 3
 HEAD = "10.78.0.1"
 SETTINGS = ("preprocess.size_px=48", "train.batch_size=32", "train.epochs=6")
 SET = [word for setting in SETTINGS for word in ("--set", setting)]
+
+ALIVE = """
+import ray
+ray.init(log_to_driver=False)
+print(*(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]))
+"""
 
 
 def run(line):
@@ -102,6 +108,14 @@ class Site:
         for node in self.nodes.values():
             node.communicate(timeout=60)
         self.head.end()
+
+    def alive(self):
+        """Return what the head says of which nodes live: their addresses."""
+        line = [sys.executable, "-c", ALIVE]
+        asking = {"RAY_ADDRESS": f"{HEAD}:{self.ports[0]}", "RAY_AUTH_MODE": "token"}
+        environment = self.head.environment | asking
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.split()
 
     def start(self, *words):
         line = [str(BT), *map(str, words), "--submit", self.head.dashboard]
@@ -186,7 +200,8 @@ class Work:
             return table.sort_by("scan_id").to_pylist()
         if command == "train":
             record = storage.read_json(str(out / "run.json"))
-            return record["num_workers"], [epoch["epoch"] for epoch in read_history(str(out))]
+            losses = [pytest.approx(epoch["loss"], rel=0.2) for epoch in read_history(str(out))]
+            return record["num_workers"], losses
         if command == "tune":
             board = storage.read_table(str(out / "leaderboard.parquet")).to_pylist()
             columns = ("train.learning_rate", "status", "num_fits", "num_epochs", "val_score")
@@ -234,11 +249,14 @@ def test_a_cut_network_costs_no_result(site, work, tmp_path, seconds):
     run(f"ip link set btveth{cut} down")
     try:
         time.sleep(seconds)
+        assert job.poll() is None, "it was cut in the middle"
     finally:
         run(f"ip link set btveth{cut} up")
     code, said = ended(job)
     assert code == 0, said
     work.check("score", tmp_path)
+    if seconds == 5:
+        assert f"10.78.0.{cut + 1}" in site.alive()
     if site.nodes[cut].poll() is not None or seconds > 10:  # the head gave it up
         site.kill(cut)
         site.join(cut)
@@ -246,7 +264,7 @@ def test_a_cut_network_costs_no_result(site, work, tmp_path, seconds):
 
 @pytest.mark.parametrize("command", ["tune", "score"])
 def test_a_lost_head_costs_the_time_only(site, work, tmp_path, command):
-    """Nothing that was done is done again: the same command goes on, on a new cluster."""
+    """The same command goes on with the work of the first, on a new cluster."""
     words = work.words(command, tmp_path)
     job = site.start(*words)
     site.busy(job, TITLES[command])
@@ -260,6 +278,8 @@ def test_a_lost_head_costs_the_time_only(site, work, tmp_path, command):
     assert "the same command" in said
     work.finish_words(*words)
     work.check(command, tmp_path)
+    record = {"tune": "sweep.json", "score": "manifest.json"}[command]
+    assert len(storage.read_json(str(tmp_path / command / record))["run_ids"]) == 2
 
 
 def test_a_node_whose_disk_is_full_costs_no_result(site, work, tmp_path):
@@ -275,7 +295,8 @@ def test_a_node_whose_disk_is_full_costs_no_result(site, work, tmp_path):
         stack.callback(site.kill, 1)
         job = site.start(*work.words("score", tmp_path))
         site.busy(job, TITLES["score"])
-        threading.Thread(target=fill, args=(disk,)).start()
+        fill(disk)
+        assert job.poll() is None, "it was filled in the middle"
         code, said = ended(job)
         assert code == 0, said
         work.check("score", tmp_path)

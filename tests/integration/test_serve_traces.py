@@ -50,7 +50,7 @@ def in_trace(found, trace):
 def test_each_stage_of_a_request_is_a_span_below_the_callers(served):
     url, found = served
     scan = encode_picture(phantom_slice("glioma", 1, 96), ".png")
-    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-ID": "JOHN_DOE 1947"}
     named = [("files", ("JOHN_DOE.png", scan))]
     route = f"{url}/v1/predictions?pictures=false&of=JOHN_DOE"
     answer = requests.post(route, files=named, headers=headers, timeout=60)

@@ -1,17 +1,21 @@
 """What a submitted command takes along, all of which the cluster's dashboard shows to everyone."""
 
+import asyncio
 import inspect
 import logging
 import os
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from bt_core.errors import UsageError
+from bt_core import stores
+from bt_core.errors import RunError, UsageError
 from bt_core.log import logger
+from cluster.local import free_port
 from cluster.pins import unlike_the_lock
-from cluster.submit import job_environment, submit, use_token
+from cluster.submit import _followed, job_environment, submit, use_token
 from jobs.cli import app
 from jobs.command import _LOCATIONS
 
@@ -26,7 +30,7 @@ LIMITS = {
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logger, "propagate", True)  # a command of another test may have ended it
-    for name in (*LIMITS, "BT_HASH_KEY", "BT_HASH_KEY_FILE"):
+    for name in (*LIMITS, *stores.VARIABLES, "BT_HASH_KEY", "BT_HASH_KEY_FILE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -41,6 +45,35 @@ def test_limits_and_the_file_of_the_key_go_along(
     key = {"BT_HASH_KEY_FILE": str(tmp_path / "key")}
     assert sent["env_vars"] == LIMITS | key | {"BT_RUN_ID": "one"}
     assert "working_dir" in sent
+
+
+def test_where_a_store_is_goes_along_without_what_is_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = {"AWS_ENDPOINT_URL": "http://minio:9000", "AWS_MAX_ATTEMPTS": "20"}
+    for name, value in (place | {"AWS_SECRET_ACCESS_KEY": "SECRET"}).items():
+        monkeypatch.setenv(name, value)
+    assert job_environment("one")["env_vars"] == place | {"BT_RUN_ID": "one"}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://KEY:SECRET@minio:9000")
+    with pytest.raises(UsageError, match="holds a password"):
+        job_environment("one")
+
+
+class DeadHead:
+    """A cluster whose machine is switched off while a log comes: nothing closes, nobody answers."""
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "the first line\n"
+        await asyncio.sleep(60)
+
+
+def test_a_head_that_is_switched_off_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cluster.submit._LOOK_SECONDS", 0.05)
+    with pytest.raises(RunError, match="the same command goes on"):
+        _followed(DeadHead(), f"http://127.0.0.1:{free_port()}", "job-1")
+    assert capsys.readouterr().out == "the first line\n"
 
 
 def test_the_key_itself_stays_here_and_that_is_said(
