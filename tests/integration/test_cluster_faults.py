@@ -255,11 +255,7 @@ def test_a_cut_network_costs_no_result(site, work, tmp_path, seconds):
     code, said = ended(job)
     assert code == 0, said
     work.check("score", tmp_path)
-    if seconds == 5:
-        assert f"10.78.0.{cut + 1}" in site.alive()
-    if site.nodes[cut].poll() is not None or seconds > 10:  # the head gave it up
-        site.kill(cut)
-        site.join(cut)
+    assert f"10.78.0.{cut + 1}" in site.alive()
 
 
 @pytest.mark.parametrize("command", ["tune", "score"])

@@ -134,3 +134,30 @@ def test_a_model_from_a_store_that_fails_is_the_same(store, ray_session, tmp_pat
     assert disturbed[0].equals(undisturbed[0])
     assert disturbed[1] == undisturbed[1]
     assert disturbed[2].equals(undisturbed[2])
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_store_stays_away_goes_on_and_no_trial_failed(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    write_archive(str(tmp_path / "scans.zip"), num_per_class=20, size_px=96)
+    data, out = tmp_path / "data", f"{BUCKET}/sweep"
+    assert bt_process("prepare", tmp_path / "scans.zip", "-o", data).returncode == 0
+    (tmp_path / "sweep.yaml").write_text(
+        "recipes: [cnn_small]\nsearch: grid\nscheduler: none\nfolds: 2\n"
+        "space: {train.learning_rate: {choice: [0.001, 0.003]}}\n"
+        "fixed: {preprocess.size_px: 48, train.batch_size: 8, train.epochs: 4}\n"
+    )
+    words = ["tune", tmp_path / "sweep.yaml", "--data", data, "-o", out]
+    command = [sys.executable, "-m", "jobs.tune", *map(str, words[1:])]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in first.stderr:
+        if "epoch 1" in line:
+            break
+    with store.disturbed(1.0, 503):
+        errors = first.communicate(timeout=300)[1]
+    assert first.returncode == 1, errors
+    assert "the same command" in errors
+    again = bt_process(*words)
+    assert again.returncode == 0, again.stderr
+    board = storage.read_table(f"{out}/leaderboard.parquet").to_pylist()
+    assert [(row["status"], row["num_epochs"]) for row in board] == [("finished", 8)] * 2
