@@ -45,7 +45,7 @@ _EXPERIMENT: Final = "tune"
 _SHARE, _SCORE = "share_done", "score"
 _WORST: Final = {"max": -1.0, "min": 1e6}
 """Score of a trial that failed."""
-_MAX_DEATHS: Final = 3
+_MAX_DEATHS: Final = 2
 """Times that a trial whose process died, or whose node, is started again."""
 _CUT_OFF: Final = "its records or scans cannot be read or written"
 

@@ -195,8 +195,8 @@ def test_a_trial_whose_process_is_killed_fails_alone(chain, tmp_path):
     sweep.write_text(yaml.safe_dump({**content, "search": "grid", "scheduler": "none"}))
     dead = set()
 
-    def kill_twice():
-        while len(dead) < 2:
+    def kill_thrice():
+        while len(dead) < 3:
             time.sleep(0.05)
             if not any(r.status == "running" and r.fits for r in records_of(str(out))):
                 continue
@@ -206,7 +206,7 @@ def test_a_trial_whose_process_is_killed_fails_alone(chain, tmp_path):
                     dead.add(process.pid)
                     process.kill()
 
-    killer = threading.Thread(target=kill_twice, daemon=True)
+    killer = threading.Thread(target=kill_thrice, daemon=True)
     killer.start()
     assert bt("tune", sweep, "--data", chain.data, "-o", out) == 0
     killer.join(timeout=1)
