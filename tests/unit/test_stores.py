@@ -150,6 +150,16 @@ def test_a_store_that_stays_away_is_no_fault_of_a_scan(store, bucket, tmp_path, 
     assert [len(read_member(ref)) for ref in refs] == [300_000, 300_000, 1]
 
 
+def test_a_store_that_says_nothing_counts_as_away(store, bucket, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(stores, "_SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(store, "late_seconds", 4.0)
+    with store.disturbed(1.0, "late"), pytest.raises(OSError, match="1 bytes/sec") as caught:
+        storage.read_json(f"{bucket}/a.json")
+    with pytest.raises(StoreError, match="does not answer: AWS Error NETWORK_CONNECTION"):
+        stores.refuse_away(caught.value)
+
+
 def test_the_error_of_a_store_names_it_and_no_secret(store, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     uri = "s3://KEY:s3cret@gone/a.json?scheme=http&endpoint_override=127.0.0.1:1"
