@@ -34,6 +34,7 @@ _SILENT_SECONDS: Final = 30.0
 _AWAY: Final = re.compile(
     r"AWS Error (?:NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|"
     r"REQUEST_TIMEOUT|THROTTLING|UNKNOWN \(HTTP status (?:5\d\d|429|408)\))[^\n;]*"
+    r"|(?<=google::cloud::Status\()(?:UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)\b"
 )
 """How pyarrow says that a store did not answer, however often it was asked."""
 SHORT_PART: Final = "Failed to flush response stream"

@@ -174,6 +174,14 @@ def test_the_error_of_a_store_names_it_and_no_secret(store, monkeypatch):
     stores.refuse_away(OSError("AWS Error ACCESS_DENIED during GetObject operation: no"))
 
 
+def test_a_store_of_google_that_stays_away_is_told():
+    away = "?endpoint_override=127.0.0.1:1&scheme=http&retry_limit_seconds=1"
+    with pytest.raises(OSError, match="Could not connect") as caught:
+        storage.read_bytes(f"gs://anonymous@gone/a.json{away}")
+    with pytest.raises(StoreError, match=r"^the store does not answer: UNAVAILABLE;"):
+        stores.refuse_away(caught.value)
+
+
 def test_a_bundle_is_loaded_through_faults(store, bucket, tmp_path):
     make_bundle(tmp_path / "bundle", sizes=(32, 32))
     fs.copy_files(str(tmp_path / "bundle"), f"{bucket}/bundle")
