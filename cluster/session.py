@@ -12,6 +12,7 @@ import ray
 from bt_core import stores
 from bt_core.errors import UsageError
 from bt_core.log import RUN_ID, logger, run_id
+from bt_core.scans import limits
 from cluster.pins import unlike_the_lock
 from cluster.submit import SCORING_JOB, TOKEN_FILE
 
@@ -20,6 +21,10 @@ _LEAST_SHARE = 0.25
 
 _LEAST_NODE_CPUS = 2
 """With one CPU each, nodes on which a scorer holds a part have no whole one for a task."""
+
+_BOUNDED = {"RAY_task_oom_retries": "2"}
+"""How often a task is done again whose process took the last memory: Ray's default is for ever.
+Each process that hands out tasks counts by itself, the driver and all workers."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +168,12 @@ def choose_device(device: str, resources: Resources) -> str:
 
 
 def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] | None) -> None:
+    for name, value in _BOUNDED.items():
+        os.environ.setdefault(name, value)
     # A local Ray inherits all but the last.
-    store = {name: os.environ[name] for name in stores.VARIABLES if name in os.environ}
-    variables = {RUN_ID: run_id(), **store, **(worker_env or {})}
+    taken = (*_BOUNDED, *stores.VARIABLES, *limits.VARIABLES)
+    given = {name: os.environ[name] for name in taken if name in os.environ}
+    variables = {RUN_ID: run_id(), **given, **(worker_env or {})}
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
@@ -180,7 +188,6 @@ def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] |
             )
             return
         cores = num_cpus or max(2, len(os.sched_getaffinity(0)))
-        os.environ.setdefault("RAY_task_oom_retries", "2")  # Ray's default is for ever
         # Ray ends idle processes over one for each CPU; the next step then waits for their imports.
         os.environ.setdefault("RAY_num_workers_soft_limit", str(2 * cores))
         if dashboard:  # jobs wait for each other; Ray gives up one that waits for 15 minutes

@@ -75,6 +75,33 @@ def ray_session(_environment):
     assert not ray.is_initialized()
 
 
+@contextmanager
+def launches():
+    """Collect what this process hands to Ray: name and how often Ray repeats it, -1 for ever."""
+    from ray.actor import ActorClass
+    from ray.remote_function import RemoteFunction
+
+    seen = set()
+    task, actor = RemoteFunction._remote, ActorClass._remote
+
+    def of_task(self, args=None, kwargs=None, *rest, **options):
+        given = {**self._default_options, **options}
+        name = given.get("name") or self._function_name.rpartition(".")[2]
+        seen.add((name, given.get("max_retries", 3)))
+        return task(self, args, kwargs, *rest, **options)
+
+    def of_actor(self, args=None, kwargs=None, *rest, **options):
+        given = {**self._default_options, **options}
+        repeats = (given.get("max_restarts", 0), given.get("max_task_retries", 0))
+        seen.add((self.__ray_metadata__.class_name.rpartition(".")[2], *repeats))
+        return actor(self, args, kwargs, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RemoteFunction, "_remote", of_task)
+        patch.setattr(ActorClass, "_remote", of_actor)
+        yield seen
+
+
 @dataclass(frozen=True)
 class Chain:
     """What a small run of the whole chain left behind."""
@@ -86,11 +113,17 @@ class Chain:
     bundle: Path
     report: Path
     scores: Path
+    launched: set[tuple[str | int, ...]]
 
 
 @pytest.fixture(scope="session")
 def chain(ray_session, tmp_path_factory):
     """Prepare, train two tiny classifiers, ensemble, evaluate and score by the commands."""
+    with launches() as launched:
+        return run_chain(tmp_path_factory, launched)
+
+
+def run_chain(tmp_path_factory, launched):
     root = tmp_path_factory.mktemp("chain")
     archive, data, bundle = root / "scans.zip", root / "data", root / "bundle"
     runs = (root / "runs" / "cnn_small", root / "runs" / "mobilenetv2")
@@ -105,7 +138,7 @@ def chain(ray_session, tmp_path_factory):
     assert bt("ensemble", *runs, "--weights", "equal", "-o", bundle) == 0
     assert bt("evaluate", bundle, "--data", data, "-o", root / "report") == 0
     assert bt("score", bundle, archive, "-o", root / "scores") == 0
-    return Chain(root, archive, data, runs, bundle, root / "report", root / "scores")
+    return Chain(root, archive, data, runs, bundle, root / "report", root / "scores", launched)
 
 
 @pytest.fixture(scope="module")

@@ -158,13 +158,14 @@ def find_copies(catalog: pa.Table, thumbnails_NFF: np.ndarray, spectra_ND: np.nd
         return exact
     configure()
     num_blocks = -(-len(copies) // _SEARCH_ROWS)
+    blocks = [pa.table({"id": [block]}) for block in range(num_blocks)]
     index = ray.put(copies)
     with bounded_retries():
-        found = ray.data.range(num_blocks, override_num_blocks=num_blocks).map_batches(
+        found = ray.data.from_arrow(blocks).map_batches(
             _search, fn_kwargs={"index": [index]}, batch_size=None, max_retries=MAX_RETRIES
         )
-        blocks = list(found.iter_batches(batch_size=None, batch_format="numpy"))
-    return Pairs.concatenate([exact, *(Pairs(**block) for block in blocks)])
+        pairs = list(found.iter_batches(batch_size=None, batch_format="numpy"))
+    return Pairs.concatenate([exact, *(Pairs(**part) for part in pairs)])
 
 
 def decode_pixels(refs: pa.Table, spec: PreprocessSpec) -> dict[str, np.ndarray]:

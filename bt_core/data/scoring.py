@@ -133,6 +133,7 @@ def _refs(work: ScoreWork, num_left: int, num_actors: int, row_bytes: int) -> ra
         path,
         filesystem=filesystem,
         override_num_blocks=len(storage.list_files(work.manifest)),
+        ray_remote_args={"max_retries": MAX_RETRIES},
     )
     refs.context.checkpoint_config = _checkpoint(work)
     # Small archives, too, pass on in pieces, so that all actors have work and rows are done soon.
@@ -180,8 +181,8 @@ class _SharedTries:
             ray.remote(Tries)
             .options(
                 num_cpus=0,
-                max_restarts=-1,
-                max_task_retries=-1,
+                max_restarts=MAX_RETRIES,
+                max_task_retries=MAX_RETRIES,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
             )
             .remote()

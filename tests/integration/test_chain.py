@@ -324,3 +324,16 @@ def test_without_the_cascade_all_members_answer_and_more_is_never_less(chain, tm
     settings = json.loads((out / "manifest.json").read_text())["settings"]
     assert settings["cascade"] == "off"
     assert all(len(row["members_used"]) == 2 for row in rows(out / "scores"))
+
+
+def test_nothing_is_repeated_for_ever_but_a_few_calls_without_scans(chain):
+    without_end = {launch for launch in chain.launched if -1 in launch[1:]}
+    bounded_by_restarts = {("MapWorker(MapBatches(_Counted))", 30, -1)}
+    of_rays_own = {  # which cannot be told otherwise, and run on no bytes of a scan
+        ("ActorLocationTracker", -1, -1),
+        ("_AutoscalingCoordinatorActor", -1, -1),
+        ("get_table_block_metadata_schema", -1),
+        ("StreamingRepartition[num_rows_per_block=1024,strict=False]", -1),
+    }
+    assert without_end - of_rays_own == bounded_by_restarts
+    assert len(chain.launched) > 10
