@@ -4,6 +4,7 @@ import functools
 import inspect
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -120,11 +121,13 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
     """
 
     @functools.wraps(run)
-    def wrapped(*, submit: str | None = None, debug: bool = False, **arguments: Any) -> None:
+    def wrapped(
+        context: typer.Context, submit: str | None = None, debug: bool = False, **arguments: Any
+    ) -> None:
         try:
             log.run_id()
             log.configure(logging.DEBUG if debug else logging.INFO)
-            code = run(**arguments) if submit is None else _submit(submit, name, arguments)
+            code = run(**arguments) if submit is None else _submit(submit, name, context)
         except typer.Exit:
             raise
         except KeyboardInterrupt:
@@ -138,6 +141,9 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
         raise typer.Exit(code)
 
     signature = inspect.signature(run)
+    first = inspect.Parameter(
+        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
     extra = [
         inspect.Parameter(
             "submit", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_SUBMIT
@@ -147,9 +153,10 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
         ),
     ]
     wrapped.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), *extra], return_annotation=None
+        parameters=[first, *signature.parameters.values(), *extra], return_annotation=None
     )
-    wrapped.__annotations__ = {**run.__annotations__, "submit": _SUBMIT, "debug": _DEBUG}
+    given = {"context": typer.Context, "submit": _SUBMIT, "debug": _DEBUG}
+    wrapped.__annotations__ = {**run.__annotations__, **given}
     return wrapped
 
 
@@ -257,44 +264,54 @@ def say_if_random(key_is_kept: bool, patients: "pa.ChunkedArray") -> None:
         )
 
 
-def _submit(address: str, name: str, arguments: dict[str, Any]) -> int:
+def _submit(address: str, name: str, context: typer.Context) -> int:
     from cluster.submit import submit
 
     if name.startswith("keys "):  # a cluster keeps what its jobs print
         raise UsageError(f"bt {name} works on files of this machine; run it where the server is")
     if name.startswith(("jobs ", "cluster ")):
         raise UsageError(f"bt {name} is not run as a job; leave --submit out")
-    out = arguments.get("out")
-    given = any(word.removeprefix("--out=").removeprefix("-o") == out for word in sys.argv)
-    if out is not None and not (out and given):  # a default lies in the job's own folder, then lost
+    # A default lies in the job's own folder, which is then lost.
+    if "out" in context.params and not (context.params["out"] and _is_given(context, "out")):
         raise UsageError(
             "--submit needs --out with a path or URI that every node of the cluster sees"
         )
-    return submit(address, f"jobs.{name.split()[0]}", _job_arguments(name, sys.argv[1:], arguments))
+    module, *inner = name.split()
+    return submit(address, f"jobs.{module}", [*inner, *_job_arguments(context)])
 
 
-def _job_arguments(name: str, argv: list[str], arguments: dict[str, Any]) -> list[str]:
-    """Return the words after the command, without --submit, with local paths made absolute."""
-    given = [arguments[key] for key in _LOCATIONS & arguments.keys()]
-    paths = {p for v in given for p in (v if isinstance(v, list) else [v]) if isinstance(p, str)}
-    words = argv[1:] if argv and argv[0] == name.split()[0] else argv
-    result: list[str] = []
-    skip = False
-    for word in words:
-        if skip or word.startswith("--submit="):
-            skip = False
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _job_arguments(context: typer.Context) -> list[str]:
+    """Return the options and arguments that were given, without --submit, local paths absolute."""
+    options: list[str] = []
+    arguments: list[str] = []
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name == "submit" or not _is_given(context, name):
             continue
-        if word == "--submit":
-            skip = True
+        value = context.params[name]
+        if isinstance(value, bool):
+            options.append((parameter.opts if value else parameter.secondary_opts)[0])
             continue
-        option, equals, value = word.partition("=")
-        if word in paths:
-            result.append(storage.absolute(word))
-        elif equals and option.startswith("--") and value in paths:
-            result.append(f"{option}={storage.absolute(value)}")
-        else:
-            result.append(word)
-    return result
+        for each in value if isinstance(value, list | tuple) else [value]:
+            word = _absolute(name, str(each))
+            if parameter.param_type_name == "argument":
+                arguments.append(word)
+            else:
+                options += [parameter.opts[0], word]
+    return [*options, "--", *arguments] if arguments else options
+
+
+def _absolute(name: str, value: str) -> str:
+    """Return the value of a parameter for a process in another folder."""
+    is_recipe_file = name == "recipe" and value.endswith((".yaml", ".yml"))
+    if value and (name in _LOCATIONS or is_recipe_file):
+        return storage.absolute(value)
+    return re.sub("(?<=local-dir:)[^/][^/]*", lambda found: storage.absolute(found[0]), value)
 
 
 def _explained(error: Exception, name: str) -> tuple[str, int]:

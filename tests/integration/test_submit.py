@@ -9,7 +9,6 @@ import ray
 from ray.job_submission import JobSubmissionClient
 
 from bt_core.errors import EXIT_USAGE
-from jobs.command import _job_arguments
 from tests.conftest import bt, bt_process
 
 pytestmark = pytest.mark.integration
@@ -59,13 +58,44 @@ def test_a_cluster_that_is_not_there_is_said_so():
     assert "http://HOST:8265" in result.stderr
 
 
-def test_only_paths_are_rewritten_and_submit_is_dropped(monkeypatch, tmp_path):
+TYPED_AND_SENT = [
+    ("score b s3://k/x.zip --out=o --overwrite", "--out HERE/o --overwrite -- HERE/b s3://k/x.zip"),
+    ("score b a.zip -oo --no-cascade", "--out HERE/o --no-cascade -- HERE/b HERE/a.zip"),
+    ("train --recipe a --data a -o o", "--recipe a --data HERE/a --out HERE/o"),
+    ("train --recipe r.yaml --data /d -o /o", "--recipe HERE/r.yaml --data /d --out /o"),
+    (
+        "tune /s --data /d -o /o --set b={c:local-dir:/w} --weights local-dir:w/x",
+        "--data /d --out /o --weights local-dir:HERE/w/x --set b={c:local-dir:/w} -- /s",
+    ),
+    (
+        "train --recipe a --data /d -o /o --num-workers 2",
+        "--recipe a --data /d --out /o --num-workers 2",
+    ),
+    ("ensemble a /b -o o", "--out HERE/o -- HERE/a /b"),
+    ("phantom -- -x.zip", "-- HERE/-x.zip"),
+]
+
+
+@pytest.mark.parametrize(("typed", "sent"), TYPED_AND_SENT)
+def test_only_paths_are_rewritten_and_submit_is_dropped(typed, sent, monkeypatch, tmp_path):
+    told = []
     monkeypatch.chdir(tmp_path)
-    argv = ["score", "b", "s3://bucket/x.zip", "--out=o", "--submit", "http://h:1", "--overwrite"]
-    arguments = {"bundle": "b", "source": "s3://bucket/x.zip", "out": "o", "overwrite": True}
-    assert _job_arguments("score", argv, arguments) == [
-        f"{tmp_path}/b", "s3://bucket/x.zip", f"--out={tmp_path}/o", "--overwrite"
-    ]  # fmt: skip
+    monkeypatch.setattr("cluster.submit.submit", lambda *given: told.append(given) or 0)
+    name, *rest = typed.split()
+    assert bt(name, "--submit", "http://h:1", *rest) == 0
+    assert told == [("http://h:1", f"jobs.{name}", sent.replace("HERE", str(tmp_path)).split())]
+
+
+def test_a_command_of_two_words_stays_one(monkeypatch):
+    told = []
+    monkeypatch.setattr("cluster.submit.submit", lambda *given: told.append(given) or 0)
+    assert bt("bench", "train", "--data", "/d", "--submit", "http://h:1") == 0
+    assert told == [("http://h:1", "jobs.bench", ["train", "--data", "/d"])]
+
+
+def test_an_output_that_is_not_given_is_asked_for(capsys):
+    assert bt("train", "--recipe", "cnn_small", "--data", "d", "--submit", "http://h:1") == 2
+    assert "--submit needs --out" in capsys.readouterr().err
 
 
 def test_jobs_are_listed_followed_and_stopped(dashboard, capsys):
