@@ -1,5 +1,6 @@
 """`bt demo`: the whole chain on one archive, in one Ray session."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -30,7 +31,7 @@ def run(
     from cluster.session import session
 
     out = storage.absolute(out)
-    if data and storage.absolute(data).startswith(f"{out}/"):
+    if data and os.path.realpath(data).startswith(f"{os.path.realpath(out)}/"):
         raise UsageError(
             f"--data lies in {out}, which the demo clears; copy it elsewhere, or use --out"
         )

@@ -50,7 +50,7 @@ def run(
     """Fine-tune one classifier, or go on with an interrupted run."""
     from bt_core.data.catalog import Dataset
     from bt_core.evaluation.plots import training_curves_png
-    from bt_core.training.launch import check_settings, plan_scaling, train
+    from bt_core.training.launch import as_begun, check_settings, plan_scaling, train
     from bt_core.training.recipe import load_recipe
     from bt_core.training.tracking import tracking
     from cluster.session import choose_device, session
@@ -59,6 +59,8 @@ def run(
     dataset = Dataset(data)
     check_settings(loaded, dataset)
     out = storage.absolute(out or f"runs/{loaded.name}")
+    if not overwrite:
+        device, num_workers = as_begun(out, device, num_workers)
     with session() as resources:
         chosen = choose_device(device, resources)
         scaling = plan_scaling(

@@ -40,6 +40,7 @@ MAX_FAILURES: Final = 3
 MAX_PREEMPTIONS: Final = 10
 """Spot nodes taken away that a run survives; the default of Ray is no limit."""
 
+_MARKER: Final = "started.json"
 _LOOK_SECONDS: Final = 1.0
 _STORE_LOOK_SECONDS: Final = 10.0
 """Of a history behind a URI, where each look takes two requests."""
@@ -82,6 +83,23 @@ def plan_scaling(
     spare = max(num_cpus - 1.0, num_cpus / 2)
     each = min(spare / workers, 4.0, room or num_cpus)
     return Scaling(workers, device, math.floor(each * 1000) / 1000)
+
+
+def as_begun(location: str, device: str, num_workers: int | None) -> tuple[str, int | None]:
+    """Return device and workers, where they are left open those of a run that is to go on.
+
+    So a run goes on, or says what it lacks, when the cluster has other GPUs than at its start.
+
+    Args:
+        location: the run folder.
+        device: `auto` leaves it open.
+        num_workers: None leaves it open.
+    """
+    marker = storage.join(storage.absolute(location), _MARKER)
+    begun = storage.read_json(marker) if storage.exists(marker) else {}
+    if device == "auto":
+        device = begun.get("device", device)
+    return device, num_workers or begun.get("num_workers")
 
 
 def train(
@@ -192,7 +210,7 @@ def _claim(location: str, recipe: Recipe, dataset: Dataset, scaling: Scaling) ->
     """
     if storage.exists(storage.join(location, "run.json")):
         raise UsageError(f"{location} holds a finished run; choose another -o or pass --overwrite")
-    marker = storage.join(location, "started.json")
+    marker = storage.join(location, _MARKER)
     claim = {
         "recipe_digest": recipe.digest,
         "dataset_digest": dataset.info.digest,
@@ -209,7 +227,7 @@ def _claim(location: str, recipe: Recipe, dataset: Dataset, scaling: Scaling) ->
         if name.startswith(PARTIAL_PREFIX):
             storage.remove_dir(storage.join(checkpoints, name))
     run_ids = [*begun.get("run_ids", ()), run_id()]
-    storage.write_json(marker, {**claim, "run_ids": run_ids})
+    storage.write_json(marker, {**claim, "device": scaling.device, "run_ids": run_ids})
     return run_ids
 
 

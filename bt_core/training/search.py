@@ -48,6 +48,8 @@ _WORST: Final = {"max": -1.0, "min": 1e6}
 _MAX_DEATHS: Final = 2
 """Times that a trial whose process died, or whose node, is started again."""
 _CUT_OFF: Final = "its records or scans cannot be read or written"
+_NODE_LOST: Final = "its node has died"
+"""As Ray says it of an actor: no fault of the trial either."""
 
 
 def prepare_views(dataset: Dataset, spec: SweepSpec, found: list[Candidate]) -> dict[str, str]:
@@ -64,7 +66,7 @@ def search(job: Job) -> bool:
         Whether it ran to its end; False if it was interrupted.
 
     Raises:
-        RunError: if Tune itself failed, or the store or disk of the sweep failed some trials.
+        RunError: if Tune itself failed, or some trials lost their store, their disk or their nodes.
     """
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # records are ours; Tune's say no more
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # with verbose=0, no tables of its own
@@ -256,7 +258,7 @@ def _settle(job: Job, trials: Sequence[Any]) -> None:
     taken their place.
 
     Raises:
-        RunError: if a store or a disk failed some, which are to go on.
+        RunError: if some lost their store, their disk or their nodes, and are to go on.
     """
     drop_all_but(job.location, {trial.trial_id for trial in trials})
     cut_off = []
@@ -264,7 +266,7 @@ def _settle(job: Job, trials: Sequence[Any]) -> None:
         record = read_record(job.location, trial.trial_id)
         if record is not None and record.status != "running":
             continue
-        if trial.status == "ERROR" and _CUT_OFF in f"{trial.get_error()}":
+        if trial.status == "ERROR" and _is_to_go_on(trial):
             cut_off.append(trial)  # it stays as it is
             continue
         if trial.status == "ERROR":
@@ -281,6 +283,11 @@ def _settle(job: Job, trials: Sequence[Any]) -> None:
             f"{len(cut_off)} of {len(trials)} trials could not go on ({last}); what is trained is "
             "kept, and the same command goes on from there"
         )
+
+
+def _is_to_go_on(trial: Any) -> bool:
+    text = f"{trial.get_error()}"
+    return _CUT_OFF in text or _NODE_LOST in text
 
 
 def _reason_of_stop(trial: Any, spec: SweepSpec) -> str:

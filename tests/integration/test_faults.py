@@ -252,9 +252,11 @@ def test_a_demo_that_cannot_reach_its_end_costs_no_earlier_one(tmp_path, capfd):
     for path in (cats, earlier):
         path.parent.mkdir(parents=True)
         path.write_bytes(b"something")
+    (tmp_path / "link").symlink_to(earlier.parent)
     for words, said in (
         (["--data", tmp_path / "scans"], "unknown class folder 'cats'"),
         (["--weights", f"local-dir:{tmp_path / 'nowhere'}"], "is not a timm folder"),
+        (["--data", tmp_path / "link" / ".bt-demo"], "which the demo clears"),
     ):
         assert bt("demo", "--out", earlier.parent, *words) == 2
         assert said in capfd.readouterr().err

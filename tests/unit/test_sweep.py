@@ -1,6 +1,7 @@
 """Sweep files, folds, records and the tie rule, without Ray."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from bt_core import storage
 from bt_core.config import parse
 from bt_core.data.catalog import Dataset, DatasetInfo
 from bt_core.data.splits import SplitPlan, assign_splits
-from bt_core.errors import ConfigError, DatasetError, UsageError, WeightsError
+from bt_core.errors import ConfigError, DatasetError, RunError, UsageError, WeightsError
 from bt_core.labels import LABEL_SPACES
 from bt_core.training.folds import fold_of_scans
 from bt_core.training.leaderboard import leaderboard, text_table, to_table
@@ -29,9 +30,9 @@ from bt_core.training.noise import (
     scan_noise,
     training_noise,
 )
-from bt_core.training.search import _scheduler
+from bt_core.training.search import _scheduler, _settle
 from bt_core.training.sweep import SweepSpec, candidates, load_sweep, preprocessings
-from bt_core.training.sweep_job import plan_slots, point_of
+from bt_core.training.sweep_job import plan_slots, point_of, read_record, write_record
 from bt_core.training.trial import FitRecord, TrialRecord, reason_of, with_weights
 from jobs.recipes_folder import RECIPES
 
@@ -372,6 +373,22 @@ def record_of(trial_id, status="finished", scores=(0.5, 0.5), reason=""):
         num_folds=2, seeds=[0], metric="val_score", dataset_digest="d", view="v", device="cpu",
         num_threads=1, environment={}, started_at="", status=status, reason=reason, fits=fits,
     )  # fmt: skip
+
+
+def test_a_trial_that_lost_its_node_is_to_go_on_and_one_that_died_has_failed(tmp_path):
+    said = {
+        "lost": "The actor died because its node has died. Node Id: 1f",
+        "died": "The actor is dead because its worker process has died.",
+    }
+    job = SimpleNamespace(location=str(tmp_path))
+    trials = []
+    for name, text in said.items():
+        write_record(job.location, record_of(name, "running", (0.5,)))
+        trials.append(SimpleNamespace(trial_id=name, status="ERROR", get_error=lambda t=text: t))
+    with pytest.raises(RunError, match=r"1 of 2 trials could not go on .*node has died"):
+        _settle(job, trials)
+    assert read_record(job.location, "lost").status == "running"
+    assert read_record(job.location, "died").reason == "killed: the trial's process died 3 times"
 
 
 def test_the_leaderboard_puts_finished_before_stopped_before_failed():

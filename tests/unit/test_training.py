@@ -6,10 +6,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from bt_core import storage
 from bt_core.errors import RunError
 from bt_core.training.augment import augment
 from bt_core.training.engine import Predictions, steps_per_epoch, stopped_early, worker_batch_size
-from bt_core.training.launch import _root_cause, plan_scaling
+from bt_core.training.launch import _root_cause, as_begun, plan_scaling
 from bt_core.training.losses import build_loss
 from bt_core.training.process_group import interface_of
 from bt_core.training.spec import AugmentSpec, TrainSpec
@@ -152,6 +153,13 @@ def test_gpu_workers_default_to_one_for_each_gpu():
     each = plan_scaling(None, "cuda", 36, 2, mixed.room("cuda")).cpus_per_worker
     assert each == 2, "a worker fits beside the others of its node"
     assert plan_scaling(1, "cpu", 36, 2, mixed.room("cpu")).cpus_per_worker == 4
+
+
+def test_a_run_that_is_to_go_on_keeps_device_and_workers_unless_told_otherwise(tmp_path):
+    assert as_begun(str(tmp_path), "auto", None) == ("auto", None)
+    storage.write_json(str(tmp_path / "started.json"), {"device": "cuda", "num_workers": 4})
+    assert as_begun(str(tmp_path), "auto", None) == ("cuda", 4)
+    assert as_begun(str(tmp_path), "cpu", 2) == ("cpu", 2)
 
 
 def test_workers_are_reached_where_their_nodes_are():
