@@ -20,7 +20,7 @@ import typer
 from bt_core.errors import EXIT_OK, UsageError
 from jobs.bench import JsonOption, apart
 from jobs.bench_data import numbers
-from jobs.bench_scaling import NODE_CORES, SINGLE, marginal_ms, predict
+from jobs.bench_scaling import NODE_CORES, PARTS, SINGLE, fit, last_that_grows, predict
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,10 +77,7 @@ def run_pipeline(
             f"{row['publish_seconds']:.1f} s), driver {row['driver_bytes'] / 1e6:.0f} MB, largest "
             f"worker {row['worker_bytes'] / 1e6:.0f} MB, all workers "
             f"{row['workers_bytes'] / 1e6:.0f} MB; for each scan "
-            + ", ".join(
-                f"{name} {1000 * row[f'{name}_seconds'] / size:.3f} ms"
-                for name in ("nodes", *SINGLE)
-            )
+            + ", ".join(f"{name} {1000 * row[f'{name}_seconds'] / size:.3f} ms" for name in PARTS)
             + " of CPU time",
             flush=True,
         )
@@ -89,7 +86,8 @@ def run_pipeline(
         for name in ("driver_bytes", "worker_bytes", "workers_bytes")
     }
     print("largest against the first: " + ", ".join(f"{k} {v:.2f}" for k, v in growth.items()))
-    scaling = _scaling(rows, model_ms) if nodes and len(set(numbers(sizes))) > 1 else {}
+    varied = nodes and min(len(set(numbers(sizes))), len(set(numbers(nodes)))) > 1
+    scaling = _scaling(rows, model_ms) if varied else {}
     if as_json:
         print(json.dumps({"sizes": rows, "growth": growth, "scaling": scaling}))
     return EXIT_OK
@@ -97,17 +95,24 @@ def run_pipeline(
 
 def _scaling(rows: list[dict[str, Any]], model_ms: float) -> dict[str, Any]:
     """Print what a model fitted to these figures says of many nodes, and return it."""
-    marginal = marginal_ms(rows)
-    for num_nodes, each in marginal.items():
-        costs = ", ".join(f"{name} {ms:.3f} ms" for name, ms in each.items())
-        print(f"{num_nodes} node(s), one scan more: {costs} of CPU time")
+    costs = fit(rows)
+    print(f"nodes: {1000 * costs['nodes'].scan:.4f} ms of CPU time for each scan")
+    for part in SINGLE:
+        cost = costs[part]
+        print(
+            f"{part}: {1000 * cost.scan:.4f} ms of CPU time for each scan, {cost.second:.4f} of a "
+            f"core all the time, {cost.node_second:.4f} more for each node"
+        )
     predicted = {}
-    for cost in (0.0, model_ms):
-        predicted[f"{cost:g}"] = predict(marginal, cost)
-        print(f"by the model fitted to these, nodes of {NODE_CORES} cores, {cost:g} ms for a scan:")
-        for num_nodes, rate, full in predicted[f"{cost:g}"]:
+    for ms in (0.0, model_ms):
+        predicted[f"{ms:g}"] = predict(costs, ms)
+        print(
+            f"by the model fitted to these, nodes of {NODE_CORES} cores, {ms:g} ms for a scan; the "
+            f"rate grows up to {last_that_grows(costs, ms)} nodes:"
+        )
+        for num_nodes, rate, full in predicted[f"{ms:g}"]:
             print(f"  {num_nodes:>5} nodes: {rate:>9.0f} scans/s, {full} full")
-    return {"marginal_ms": marginal, "predicted": predicted}
+    return {"costs": {part: cost._asdict() for part, cost in costs.items()}, "predicted": predicted}
 
 
 def write_tiny(path: str, num_scans: int) -> None:
@@ -198,6 +203,7 @@ def _pipeline_figures(folder: str) -> dict[str, Any]:
     if published.statuses != {"scored": num_scans}:
         raise RuntimeError("a scan of the bench was not scored")
     return {
+        "seconds": ended - started,
         "scans_per_second": num_scans / (ended - started),
         "list_seconds": listed - started,
         "score_seconds": scored - listed,

@@ -2,28 +2,46 @@
 
 import pytest
 
-from jobs.bench_scaling import NODE_CORES, marginal_ms, predict
+from jobs.bench_scaling import NODE_CORES, Cost, fit, last_that_grows, predict
+
+COSTS = {
+    "nodes": Cost(0.0, 0.008, 0.0, 0.0),
+    "driver": Cost(5.0, 0.0001, 0.05, 0.0),
+    "gcs": Cost(1.0, 0.0, 0.01, 0.0005),
+}
 
 
-def row(num_nodes, num_scans, nodes_ms, driver_ms, gcs_ms):
-    """Figures of a run that starts in 9, 5 and 1 seconds of CPU time."""
-    costs = {"nodes": (9, nodes_ms), "driver": (5, driver_ms), "gcs": (1, gcs_ms)}
-    seconds = {f"{k}_seconds": start + ms * num_scans / 1000 for k, (start, ms) in costs.items()}
-    return {"num_nodes": num_nodes, "num_scans": num_scans, **seconds}
+def row(num_nodes, num_scans, seconds):
+    """Figures of a run whose costs are `COSTS`."""
+    own = {"num_nodes": num_nodes, "num_scans": num_scans, "seconds": seconds}
+    for part, (start, scan, second, node_second) in COSTS.items():
+        used = start + scan * num_scans + (second + node_second * num_nodes) * seconds
+        own[f"{part}_seconds"] = used
+    return own
 
 
-def test_what_starts_is_not_counted():
-    rows = [row(1, 1000, 2.0, 0.5, 0.1), row(1, 5000, 2.0, 0.5, 0.1)]
-    assert marginal_ms(rows)[1] == pytest.approx({"nodes": 2.0, "driver": 0.5, "gcs": 0.1})
-    with pytest.raises(ValueError, match="give two"):
-        marginal_ms(rows[:1])
+def test_the_costs_behind_the_figures_are_found():
+    rows = [
+        row(n, size, 20 + size * (0.01 + 0.002 * n)) for n in (1, 2, 4) for size in (1000, 9000)
+    ]
+    for part, found in fit(rows).items():
+        assert found == pytest.approx(COSTS[part], abs=1e-6), part
+    for fewer in (rows[::2], rows[:2]):
+        with pytest.raises(ValueError, match="two sizes and two numbers of nodes"):
+            fit(fewer)
 
 
 def test_the_rate_is_that_of_what_is_full_first():
-    """The driver takes 0.1 ms and 0.001 more for each node: at 1,000 nodes 1.1 ms."""
-    marginal = {n: {"nodes": 8.0, "driver": 0.1 + 0.001 * n, "gcs": 0.05} for n in (1, 2, 4)}
-    predicted = {count: (rate, full) for count, rate, full in predict(marginal, 0.0)}
-    assert predicted[1] == (pytest.approx(NODE_CORES * 1000 / 8), "nodes")
-    assert predicted[1000] == (pytest.approx(1000 / 1.1), "driver")
-    with_model = {count: (rate, full) for count, rate, full in predict(marginal, 792.0)}
-    assert with_model[16] == (pytest.approx(16 * NODE_CORES * 1000 / 800), "nodes")
+    """One driver has room for 9,500 scans a second; the GCS is full of 1,980 nodes alone."""
+    predicted = {count: (rate, full) for count, rate, full in predict(COSTS, 0.0)}
+    assert predicted[1] == (pytest.approx(NODE_CORES / 0.008), "nodes")
+    assert predicted[1000] == (pytest.approx(0.95 / 0.0001), "driver")
+    with_model = {count: (rate, full) for count, rate, full in predict(COSTS, 792.0)}
+    assert with_model[16] == (pytest.approx(16 * NODE_CORES / 0.8), "nodes")
+    assert predict(COSTS, 0.0, [2000]) == [(2000, 0.0, "gcs")]
+
+
+def test_the_last_node_that_adds_to_the_rate_is_named():
+    assert last_that_grows(COSTS, 0.0) == 4  # of 2,000 scans a second each
+    assert last_that_grows(COSTS, 792.0) == 475
+    assert last_that_grows(COSTS, 10_000.0) == 1000
