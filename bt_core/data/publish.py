@@ -29,7 +29,7 @@ from bt_core.data.copies import plain_cell
 from bt_core.data.crash_guard import COMPUTE_SECONDS
 from bt_core.data.score_work import ScoreWork
 from bt_core.errors import REASONS
-from bt_core.log import run_id
+from bt_core.log import logger, run_id
 
 DICOM_FOLDER: Final = "dicom_results"
 PART_ROWS: Final = 25_000
@@ -40,6 +40,8 @@ REVIEW_COLUMNS: Final = (
     "reason", "scan_id",
 )  # fmt: skip
 _SCORED: Final = "scored"
+_SAYS: Final = ("scan_id", "status", "reason", "predicted_label")
+"""Columns in which two rows of a scan may not differ."""
 
 
 @dataclass
@@ -82,7 +84,7 @@ def publish(work: ScoreWork, out: str, num_scans: int, part_rows: int = PART_ROW
         file.write(_csv([dict(zip(REVIEW_COLUMNS, REVIEW_COLUMNS, strict=True))]))
         for i in range(num_parts):
             expected = _sorted(storage.join(dealt, "refs", f"{i:05d}"))
-            rows = _sorted(storage.join(dealt, "rows", f"{i:05d}"))
+            rows = _once(_sorted(storage.join(dealt, "rows", f"{i:05d}")))
             _check(expected, rows)
             if rows is not None:
                 file.write(_csv(_to_review(rows)))
@@ -158,6 +160,23 @@ def _sorted(location: str) -> pa.Table | None:
     filesystem, path = storage.filesystem(location)
     with filesystem.open_input_stream(path) as file, pa.ipc.open_stream(file) as stream:
         return stream.read_all().sort_by("scan_id").combine_chunks()
+
+
+def _once(rows: pa.Table | None) -> pa.Table | None:
+    """Drop the second of two rows of a scan that say the same.
+
+    A writer of an attempt that lost its head may live on for a while, and end a file after the next
+    attempt has read what is done.
+    """
+    if rows is None:
+        return None
+    said = [rows[name].to_pylist() for name in _SAYS if name in rows.column_names]
+    keys = list(zip(*said, strict=True))
+    is_first = [i == 0 or keys[i] != keys[i - 1] for i in range(len(keys))]
+    if not all(is_first):
+        logger.warning("%d scans were scored twice, alike", is_first.count(False))
+        rows = rows.filter(pa.array(is_first))
+    return rows
 
 
 def _check(refs: pa.Table | None, rows: pa.Table | None) -> None:
