@@ -30,7 +30,8 @@ class NodeOptions:
     """What a node has.
 
     Attributes:
-        host: its address, on which it listens.
+        host: its address, by which others reach it. Ray listens on all of the machine's, whatever
+            it is told, so the token keeps strangers off.
         num_cpus: logical CPUs.
         num_gpus: likewise.
         memory_share: of this machine's memory, for its object store.

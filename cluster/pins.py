@@ -1,4 +1,4 @@
-"""Whether a node has installed what the lock pins."""
+"""Whether this process runs with what the lock pins; other nodes are not looked at."""
 
 import re
 import tomllib

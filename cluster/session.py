@@ -117,8 +117,8 @@ def session(
         if started:
             if unlike := unlike_the_lock(Path(__file__).resolve().parent.parent):
                 logger.warning(
-                    "figures may differ from those of the lock: %s; install requirements.lock on "
-                    "the nodes", ", ".join(unlike),
+                    "figures may differ from those of the lock, here at least: %s; install "
+                    "requirements.lock on every node", ", ".join(unlike),
                 )  # fmt: skip
             logger.info(
                 "Ray: %d node(s), %g CPUs, %g GPUs",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cluster.local import Node
 
 HostOption = Annotated[
-    str, typer.Option(metavar="ADDRESS", help="Of this machine, on which the node listens.")
+    str, typer.Option(metavar="ADDRESS", help="Of this machine, by which others reach the node.")
 ]
 
 

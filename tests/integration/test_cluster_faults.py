@@ -95,12 +95,13 @@ class Site:
         node.communicate()
 
     def kill_head(self):
+        """End the head alone; return its nodes, whose processes do not know that yet."""
         for process in psutil.Process(self.head.process.pid).children(recursive=True):
             process.kill()
         assert self.head.process.wait(60) != 0
         self.head.process.stdout.close()
-        for i in [*self.nodes]:
-            self.kill(i)
+        orphans, self.nodes = self.nodes, {}
+        return orphans.values()
 
     def down(self):
         for node in self.nodes.values():
@@ -127,11 +128,11 @@ class Site:
             text=True,
         )
 
-    def busy(self, job, title):
-        """Wait until a process of that title works on a node; return the node."""
+    def busy(self, job, title, nodes=None):
+        """Wait until a process of that title works on one of these nodes; return the node."""
         deadline = time.monotonic() + 300
         while job.poll() is None and time.monotonic() < deadline:
-            for i in self.nodes:
+            for i in nodes or self.nodes:
                 for process in self.processes(i):
                     try:
                         if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
@@ -264,13 +265,13 @@ def test_a_cut_network_costs_no_result(site, work, tmp_path, seconds):
 
 @pytest.mark.parametrize("command", ["tune", "score"])
 def test_a_lost_head_costs_the_time_only(site, work, tmp_path, command):
-    """The same command goes on with the work of the first, on a new cluster."""
+    """The same command goes on with the work of the first, whose orphans live on for a while."""
     words = work.words(command, tmp_path)
     job = site.start(*words)
     site.busy(job, TITLES[command])
     time.sleep(5)
     assert job.poll() is None
-    site.kill_head()
+    orphans = site.kill_head()
     code, said = ended(job)
     site.up()
     assert code == 1
@@ -280,6 +281,8 @@ def test_a_lost_head_costs_the_time_only(site, work, tmp_path, command):
     work.check(command, tmp_path)
     record = {"tune": "sweep.json", "score": "manifest.json"}[command]
     assert len(storage.read_json(str(tmp_path / command / record))["run_ids"]) == 2
+    for node in orphans:
+        node.communicate(timeout=300)
 
 
 def test_a_node_whose_disk_is_full_costs_no_result(site, work, tmp_path):
@@ -294,7 +297,7 @@ def test_a_node_whose_disk_is_full_costs_no_result(site, work, tmp_path):
         stack.callback(site.join, 1)
         stack.callback(site.kill, 1)
         job = site.start(*work.words("score", tmp_path))
-        site.busy(job, TITLES["score"])
+        site.busy(job, TITLES["score"], [1])
         fill(disk)
         assert job.poll() is None, "it was filled in the middle"
         code, said = ended(job)
