@@ -14,6 +14,7 @@ from bt_core import storage, stores
 from bt_core.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
 from bt_core.log import RUN_ID, logger, run_id
 from bt_core.scans import limits
+from cluster.token import use_token
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -23,8 +24,6 @@ SCORING_JOB: Final = "scoring_job"
 two that share few CPUs may each hold what the other waits for."""
 _LOOK_SECONDS: Final = 30.0
 """Between two looks whether the cluster of a job can still be reached, and for each."""
-TOKEN_FILE: Final = Path("~/.ray/auth_token")
-_THIS_MACHINE: Final = frozenset({"", "127.0.0.1", "localhost", "::1"})
 _TALKATIVE: Final = (
     "ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk",
 )  # fmt: skip
@@ -155,37 +154,6 @@ def own_cluster() -> "JobSubmissionClient":
         return JobSubmissionClient(ray.get_runtime_context().gcs_address)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise UsageError(f"the cluster takes no jobs: {type(error).__name__}") from error
-
-
-def has_token() -> bool:
-    """Return whether there is a token for protected clusters, where Ray looks for it."""
-    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    return bool(given) or TOKEN_FILE.expanduser().exists()
-
-
-def use_token(address: str) -> None:
-    """Have Ray send the token that is there to a cluster whose address is given.
-
-    It does so by itself only where it finds a cluster of this machine. Before it is imported, since
-    it reads the mode then.
-
-    Raises:
-        UsageError: if there is none, for a cluster beyond this machine: one that takes orders
-            without a token takes anybody's.
-    """
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    host = address.rpartition("://")[2].rpartition(":")[0].strip("[]")
-    if has_token():
-        os.environ["RAY_AUTH_MODE"] = "token"
-    elif host in _THIS_MACHINE:
-        os.environ["RAY_AUTH_MODE"] = "disabled"
-    else:
-        raise UsageError(
-            f"cluster {address}: there is no token for it, as a file {TOKEN_FILE} or in "
-            "RAY_AUTH_TOKEN; get the cluster's own. Whoever reaches a cluster without one runs "
-            "code on it: RAY_AUTH_MODE=disabled uses it nevertheless"
-        )
 
 
 def _client(address: str) -> "JobSubmissionClient":

@@ -31,7 +31,7 @@ def test_a_command_runs_as_a_job_and_streams_its_output(dashboard, tmp_path):
 def test_the_workers_of_a_driver_that_joins_know_its_run(ray_session):
     program = (
         "import os, ray; from bt_core.log import run_id; from cluster.session import session\n"
-        "from cluster.submit import use_token; use_token(os.environ['RAY_ADDRESS'])\n"
+        "from cluster.token import use_token; use_token(os.environ['RAY_ADDRESS'])\n"
         "with session(): print('workers of', ray.get(ray.remote(run_id).remote()))"
     )
     address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "BT_RUN_ID": "of-a-driver"}

@@ -15,7 +15,8 @@ from bt_core.errors import RunError, UsageError
 from bt_core.log import logger
 from cluster.local import free_port
 from cluster.pins import unlike_the_lock
-from cluster.submit import _followed, job_environment, submit, use_token
+from cluster.submit import _followed, job_environment, submit
+from cluster.token import use_token
 from jobs.cli import app
 from jobs.command import _LOCATIONS
 
