@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
@@ -28,10 +29,6 @@ _TALKATIVE: Final = (
     "ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk",
 )  # fmt: skip
 """Loggers that tell of each file that is not uploaded; the last two set their level on import."""
-_UPLOADED: Final = frozenset(
-    {"bt_core", "cluster", "jobs", "serve", "pyproject.toml", "requirements.lock"}
-)
-"""The code, and nothing else that may lie in the checkout: no scans, results or history."""
 
 
 def submit(address: str, module: str, arguments: list[str]) -> int:
@@ -184,8 +181,24 @@ def job_environment(run: str) -> dict[str, object]:
     root = Path(__file__).resolve().parent.parent
     if not (root / "pyproject.toml").is_file():
         return environment
-    others = [f"/{path.name}" for path in root.iterdir() if path.name not in _UPLOADED]
-    return {"working_dir": str(root), "excludes": [*others, "**/__pycache__"], **environment}
+    return {"working_dir": str(root), "excludes": all_but_code(root), **environment}
+
+
+def all_but_code(root: Path) -> list[str]:
+    """Return patterns, as of a .gitignore, that leave of a checkout what is installed of it.
+
+    All else is left out, whatever it is called: no scans, results or history.
+    """
+    setup = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {package.replace(".", "/"): ["*.py"] for package in setup["packages"]}
+    for package, files in setup["package-data"].items():
+        for file in files:
+            folder, _, kind = f"{package}/{file}".rpartition("/")
+            folders.setdefault(folder, []).append(kind)
+    patterns = ["*", "!/.", "!/pyproject.toml", "!/requirements.lock"]
+    for folder, kinds in sorted(folders.items()):  # a folder before those in it
+        patterns += [f"!/{folder}", f"/{folder}/**", *(f"!/{folder}/{kind}" for kind in kinds)]
+    return patterns
 
 
 def _variables() -> dict[str, str]:

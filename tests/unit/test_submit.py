@@ -5,17 +5,20 @@ import inspect
 import logging
 import os
 import re
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
 from bt_core import stores
 from bt_core.errors import RunError, UsageError
 from bt_core.log import logger
 from cluster.local import free_port
 from cluster.pins import unlike_the_lock
-from cluster.submit import _followed, job_environment, submit
+from cluster.submit import _followed, all_but_code, job_environment, submit
 from cluster.token import use_token
 from jobs.cli import app
 from jobs.command import _LOCATIONS
@@ -46,6 +49,65 @@ def test_limits_and_the_file_of_the_key_go_along(
     key = {"BT_HASH_KEY_FILE": str(tmp_path / "key")}
     assert sent["env_vars"] == LIMITS | key | {"BT_RUN_ID": "one"}
     assert "working_dir" in sent
+
+
+def checkout(folder: Path) -> Path:
+    """The code as a user has it, with what may lie beside it and in it."""
+    root = Path(inspect.getfile(submit)).parents[1]
+    for name in ("bt_core", "cluster", "jobs", "serve"):
+        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.lock", ".gitignore"):
+        shutil.copy(root / name, folder)
+    return folder
+
+
+def sent_from(root: Path, package: Path) -> set[str]:
+    """What Ray itself packs of a folder."""
+    create_package(str(root), package, include_gitignore=True, excludes=all_but_code(root))
+    return set(ZipFile(package).namelist())
+
+
+def test_all_code_goes_along(tmp_path: Path) -> None:
+    root = checkout(tmp_path / "checkout")
+    code = {"pyproject.toml", "requirements.lock"}
+    for pattern in ("**/*.py", "**/*.j2", "jobs/recipes/**/*.yaml", "jobs/peers/*", "serve/page/*"):
+        code |= {str(path.relative_to(root)) for path in root.glob(pattern) if path.is_file()}
+    assert len(code) > 250
+    assert sent_from(root, tmp_path / "package.zip") == code
+
+
+def test_no_data_goes_along_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    root = checkout(tmp_path / "checkout")
+    before = sent_from(root, tmp_path / "before.zip")
+    for name in (
+        "scans", "scans [2024]", "end ", "scans?", "*", "back\\slash", "!bt_core", "#scans", ".old",
+        "bt_core [old]", "bt_core2", "jobs/scans", "bt_core/data/a.d", "serve/page/scans", "a.py",
+    ):  # fmt: skip
+        (root / name / "deeper").mkdir(parents=True)
+        for file in ("JOHN_DOE.dcm", "JOHN_DOE.py", "patients.yaml", "deeper/scan", "deeper/a.py"):
+            (root / name / file).touch()
+    assert sent_from(root, tmp_path / "package.zip") == before
+
+
+def test_no_file_or_link_beside_the_code_goes_along(tmp_path: Path) -> None:
+    root, elsewhere = checkout(tmp_path / "checkout"), tmp_path / "elsewhere"
+    before = sent_from(root, tmp_path / "before.zip")
+    elsewhere.mkdir()
+    (elsewhere / "JOHN_DOE.py").touch()
+    for name in (
+        "scans.zip",
+        "patients.csv",
+        "JOHN_DOE",
+        "mine.py",
+        "jobs/patients.csv",
+        "serve/1",
+    ):
+        (root / name).touch()
+    (root / "linked").symlink_to(elsewhere)
+    (root / "jobs" / "linked").symlink_to(elsewhere)
+    (root / "jobs" / "recipes" / "sweeps" / "linked.yaml").symlink_to(elsewhere)
+    (root / "linked.csv").symlink_to(elsewhere / "JOHN_DOE.py")
+    assert sent_from(root, tmp_path / "package.zip") == before
 
 
 def test_where_a_store_is_goes_along_without_what_is_secret(
