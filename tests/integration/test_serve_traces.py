@@ -55,6 +55,9 @@ def test_each_stage_of_a_request_is_a_span_below_the_callers(served):
     route = f"{url}/v1/predictions?pictures=false&of=JOHN_DOE"
     answer = requests.post(route, files=named, headers=headers, timeout=60)
     assert answer.status_code == 200
+    for asked in ("/v1/JOHN_DOE_1947.dcm", "/JOHN_DOE/1947", "/static/JOHN_DOE.js"):
+        refused = requests.get(f"{url}{asked}", headers={"tracestate": "of=DOE"}, timeout=60)
+        assert refused.status_code == 404
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         names = {span.name for span in in_trace(found, TRACE)}
