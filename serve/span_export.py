@@ -27,9 +27,7 @@ _KEPT: Final = frozenset(
 _FASTAPI: Final = "fastapi"
 _OWN_NAMES: Final = frozenset({"bt", _FASTAPI})
 """Tracers whose names of spans hold nothing of a request: stages, members, templates of routes."""
-_KNOWN_NAMES: Final = frozenset(
-    {"proxy_http_request", "route_to_replica", "replica_handle_request"}
-)
+_KNOWN: Final = frozenset({"proxy_http_request", "route_to_replica", "replica_handle_request"})
 """First words of Ray Serve's names; of the proxy the path follows, as it was asked for."""
 
 
@@ -68,7 +66,7 @@ def _lean(one: ReadableSpan) -> ReadableSpan:
 
 def _known_name(name: str) -> str:
     first = name.partition(" ")[0]
-    return first if first in _KNOWN_NAMES else "other"
+    return first if first in _KNOWN else "other"
 
 
 def _without_state(context: SpanContext | None) -> SpanContext | None:
