@@ -105,7 +105,7 @@ def test_a_job_that_waits_for_its_turn_stops_when_it_comes(
     assert bt("jobs", "stop", waits, "--cluster", dashboard) == EXIT_FAILED
     said = capsys.readouterr().err
     assert (
-        f"job {waits} was asked to stop, but it has not begun, and Ray ends it as soon as" in said
+        f"job {waits} was asked to stop, but it has not begun, and Ray ends it" in said
     )
     assert client.get_job_status(waits) == JobStatus.PENDING
     client.stop_job(first)
