@@ -104,9 +104,7 @@ def test_a_job_that_waits_for_its_turn_stops_when_it_comes(
     waits = client.submit_job(entrypoint="sleep 600", entrypoint_memory=most)
     assert bt("jobs", "stop", waits, "--cluster", dashboard) == EXIT_FAILED
     said = capsys.readouterr().err
-    assert (
-        f"job {waits} was asked to stop, but it has not begun, and Ray ends it" in said
-    )
+    assert f"job {waits} was asked to stop, but it has not begun, and Ray ends it" in said
     assert client.get_job_status(waits) == JobStatus.PENDING
     client.stop_job(first)
     wait_until(client, waits, JobStatus.STOPPED)
