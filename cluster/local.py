@@ -17,7 +17,8 @@ from typing import BinaryIO, Final
 
 from bt_core.errors import RunError, UsageError
 from bt_core.log import RUN_ID
-from cluster.submit import SCORING_JOB, TOKEN_FILE, has_token
+from cluster.submit import SCORING_JOB
+from cluster.token import TOKEN_FILE, has_token
 
 _START_SECONDS: Final = 120.0
 _END_SECONDS: Final = 10.0

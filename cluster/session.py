@@ -14,7 +14,8 @@ from bt_core.errors import UsageError
 from bt_core.log import RUN_ID, logger, run_id
 from bt_core.scans import limits
 from cluster.pins import unlike_the_lock
-from cluster.submit import SCORING_JOB, TOKEN_FILE
+from cluster.submit import SCORING_JOB
+from cluster.token import TOKEN_FILE
 
 _LEAST_SHARE = 0.25
 """Of a CPU that a scorer holds, so that not too many start on one node of a mixed cluster."""

@@ -4,16 +4,17 @@ import asyncio
 import logging
 import os
 import shlex
-import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-from bt_core import storage, stores
+from bt_core import storage
 from bt_core.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
-from bt_core.log import RUN_ID, logger, run_id
-from bt_core.scans import limits
+from bt_core.log import logger, run_id
+from cluster.environment import job_environment
+from cluster.token import use_token
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -23,32 +24,45 @@ SCORING_JOB: Final = "scoring_job"
 two that share few CPUs may each hold what the other waits for."""
 _LOOK_SECONDS: Final = 30.0
 """Between two looks whether the cluster of a job can still be reached, and for each."""
-TOKEN_FILE: Final = Path("~/.ray/auth_token")
-_THIS_MACHINE: Final = frozenset({"", "127.0.0.1", "localhost", "::1"})
+_ANSWER_SECONDS: Final = 60.0
+"""That a cluster may take to answer a request."""
+_STOP_SECONDS: Final = 30.0
+"""That a job may take to stop. Ray kills what has not ended 3 s after it was asked to."""
 _TALKATIVE: Final = (
     "ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk",
 )  # fmt: skip
 """Loggers that tell of each file that is not uploaded; the last two set their level on import."""
-_UPLOADED: Final = frozenset(
-    {"bt_core", "cluster", "jobs", "serve", "pyproject.toml", "requirements.lock"}
-)
-"""The code, and nothing else that may lie in the checkout: no scans, results or history."""
 
 
-def submit(address: str, module: str, arguments: list[str]) -> int:
+@dataclass(frozen=True)
+class Follower:
+    """Who follows a job.
+
+    Attributes:
+        show: gets the job's log, piece by piece.
+        wants_stop: says after Ctrl-C whether the job of this id is to stop as well.
+        again: says what to do about a command that did not end, and what becomes of it then.
+    """
+
+    show: Callable[[str], None]
+    wants_stop: Callable[[str], bool]
+    again: Callable[[str], str]
+
+
+def submit(address: str, module: str, arguments: list[str], follower: Follower) -> int:
     """Submit `python -m MODULE ARGUMENTS`, stream its log, and return its exit code.
-
-    Ctrl-C asks whether to stop the job; without a terminal it goes on.
 
     Args:
         address: of the cluster's dashboard, `http://HOST:8265`.
         module: such as `jobs.train`.
         arguments: its words; paths must be visible on the cluster.
+        follower: who gets the log, and is asked after Ctrl-C.
 
     Raises:
         UsageError: if the cluster cannot be reached or refuses the token, or if an argument holds a
             secret: the dashboard shows the arguments of a job to everyone.
-        RunError: if the cluster does not answer any more while the job runs.
+        RunError: if the cluster does not answer any more while the job runs, or the job is to stop
+            and does not.
     """
     for word in arguments:
         storage.refuse_secrets(word)
@@ -61,35 +75,30 @@ def submit(address: str, module: str, arguments: list[str]) -> int:
     entrypoint = shlex.join(["python", "-m", module, *arguments])
     job = client.submit_job(entrypoint=entrypoint, runtime_env=job_environment(run_id()))
     logger.info("job %s: %s", job, entrypoint)
-    return _followed(client, address, job)
+    return _followed(client, address, job, entrypoint, follower)
 
 
-def follow(address: str, job: str) -> int:
+def follow(address: str, job: str, follower: Follower) -> int:
     """Stream the log of a job from its beginning until it ends, and return its exit code.
-
-    Ctrl-C asks whether to stop the job; without a terminal it goes on.
 
     Raises:
         UsageError: if the cluster cannot be reached or refuses the token, or has no such job.
         RunError: as `submit`.
     """
     client = _client(address)
-    _info(client, job)
-    return _followed(client, address, job)
+    return _followed(client, address, job, _info(client, job).entrypoint, follower)
 
 
-def stop(address: str, job: str) -> str:
-    """Ask a job to stop, which takes seconds, and return its state at the end.
+def stop(address: str, job: str) -> "JobDetails":
+    """Ask a job to stop, and return what is known of it when it has ended.
 
     Raises:
         UsageError: if the cluster cannot be reached or refuses the token, or has no such job.
+        RunError: if it does not end for half a minute, as one that has not begun.
     """
     client = _client(address)
     _info(client, job)
-    client.stop_job(job)
-    while not (state := _info(client, job).status).is_terminal():
-        time.sleep(0.5)
-    return str(state.value)
+    return _stopped(client, job)
 
 
 def submitted(address: str) -> list["JobDetails"]:
@@ -102,32 +111,70 @@ def submitted(address: str) -> list["JobDetails"]:
     return sorted((job for job in found if job.submission_id), key=lambda job: job.start_time or 0)
 
 
-def _followed(client: "JobSubmissionClient", address: str, job: str) -> int:
+def _followed(
+    client: "JobSubmissionClient", address: str, job: str, entrypoint: str, follower: Follower
+) -> int:
     from aiohttp import ClientError
 
-    again = f"bt jobs follow {job} --cluster {address}"
     try:
-        asyncio.run(_stream(client, address, job))
-        details = client.get_job_info(job)
-    except KeyboardInterrupt:
-        if not _wants_stop(job):
-            logger.info("job %s goes on; follow it with: %s", job, again)
-            return EXIT_FAILED
-        client.stop_job(job)
-        logger.info("job %s stopped", job)
-        return EXIT_FAILED
+        details = _until_end(client, address, job, follower)
     except (ClientError, OSError, RuntimeError) as error:  # of aiohttp, requests, and Ray itself
         raise RunError(
             f"cluster {address} does not answer any more ({type(error).__name__}). When it does, "
-            f"job {job} may go on: {again}. If it was lost with the cluster's head, the same "
-            "command goes on from what is done"
+            f"job {job} may go on: {_following(address, job)}. If it was lost with the cluster's "
+            f"head, {follower.again(entrypoint)}"
         ) from error
+    if details is None:
+        return EXIT_FAILED
     if details.driver_exit_code is not None:
         return int(details.driver_exit_code)
     if details.status == "SUCCEEDED":
         return EXIT_OK
-    logger.error("job %s: %s: %s", job, details.status, details.message)
+    if details.status == "STOPPED":
+        logger.info("job %s was stopped; to have it done, %s", job, follower.again(entrypoint))
+    else:
+        logger.error("job %s: %s: %s", job, details.status, details.message)
     return EXIT_FAILED
+
+
+def _until_end(
+    client: "JobSubmissionClient", address: str, job: str, follower: Follower
+) -> "JobDetails | None":
+    """Return what is known of a job when it has ended; None if it is left to itself."""
+    try:
+        asyncio.run(_stream(client, address, job, follower.show))
+        return client.get_job_info(job)
+    except KeyboardInterrupt:
+        if follower.wants_stop(job):
+            return _stopped(client, job)
+        logger.info("job %s goes on; follow it with: %s", job, _following(address, job))
+        return None
+
+
+def _following(address: str, job: str) -> str:
+    return f"bt jobs follow {job} --cluster {address}"
+
+
+def _stopped(client: "JobSubmissionClient", job: str) -> "JobDetails":
+    """Ask a job to stop, and return what is known of it when it has.
+
+    Raises:
+        RunError: if it does not for `_STOP_SECONDS`.
+    """
+    client.stop_job(job)
+    deadline = time.monotonic() + _STOP_SECONDS
+    while not (details := _info(client, job)).status.is_terminal():
+        if time.monotonic() > deadline:
+            why = (
+                "it has not begun, and Ray ends it as soon as its turn comes"
+                if details.status == "PENDING"
+                else f"it is still {details.status.value}"
+            )
+            raise RunError(
+                f"job {job} was asked to stop, but {why}; bt jobs list shows when it has ended"
+            )
+        time.sleep(0.5)
+    return details
 
 
 def _info(client: "JobSubmissionClient", job: str) -> "JobDetails":
@@ -147,45 +194,13 @@ def own_cluster() -> "JobSubmissionClient":
     """
     import ray
     from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
 
     if not ray.is_initialized():  # asking would start one
         raise UsageError("this process works in no cluster")
     try:
-        return JobSubmissionClient(ray.get_runtime_context().gcs_address)
-    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        return _connected(ray.get_runtime_context().gcs_address)
+    except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
         raise UsageError(f"the cluster takes no jobs: {type(error).__name__}") from error
-
-
-def has_token() -> bool:
-    """Return whether there is a token for protected clusters, where Ray looks for it."""
-    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    return bool(given) or TOKEN_FILE.expanduser().exists()
-
-
-def use_token(address: str) -> None:
-    """Have Ray send the token that is there to a cluster whose address is given.
-
-    It does so by itself only where it finds a cluster of this machine. Before it is imported, since
-    it reads the mode then.
-
-    Raises:
-        UsageError: if there is none, for a cluster beyond this machine: one that takes orders
-            without a token takes anybody's.
-    """
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    host = address.rpartition("://")[2].rpartition(":")[0].strip("[]")
-    if has_token():
-        os.environ["RAY_AUTH_MODE"] = "token"
-    elif host in _THIS_MACHINE:
-        os.environ["RAY_AUTH_MODE"] = "disabled"
-    else:
-        raise UsageError(
-            f"cluster {address}: there is no token for it, as a file {TOKEN_FILE} or in "
-            "RAY_AUTH_TOKEN; get the cluster's own. Whoever reaches a cluster without one runs "
-            "code on it: RAY_AUTH_MODE=disabled uses it nevertheless"
-        )
 
 
 def _client(address: str) -> "JobSubmissionClient":
@@ -193,13 +208,12 @@ def _client(address: str) -> "JobSubmissionClient":
         raise UsageError(f"cluster {address}: write it as http://HOST:8265")
     use_token(address)
     from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
 
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        return _connected(address)
+    except (OSError, RuntimeError, AuthenticationError) as error:  # the first of requests, too
         first = str(error).strip().splitlines()[0]
         raise UsageError(
             f"cluster {address}: {first}; check the address and the token (RAY_AUTH_TOKEN or "
@@ -207,38 +221,22 @@ def _client(address: str) -> "JobSubmissionClient":
         ) from error
 
 
-def job_environment(run: str) -> dict[str, object]:
-    """Return the runtime environment of a job whose run has this id.
+def _connected(address: str) -> "JobSubmissionClient":
+    from ray.job_submission import JobSubmissionClient
 
-    It uploads the checkout that this runs from; an installed package must be there already.
-    """
-    environment: dict[str, object] = {"env_vars": _variables() | {RUN_ID: run}}
-    root = Path(__file__).resolve().parent.parent
-    if not (root / "pyproject.toml").is_file():
-        return environment
-    others = [f"/{path.name}" for path in root.iterdir() if path.name not in _UPLOADED]
-    return {"working_dir": str(root), "excludes": [*others, "**/__pycache__"], **environment}
+    class Bounded(JobSubmissionClient):  # type: ignore[misc]
+        """Waits for an answer no longer than `_ANSWER_SECONDS`; Ray's own has no time-out."""
 
+        def _do_request(self, *words: Any, **options: Any) -> Any:
+            return super()._do_request(*words, timeout=_ANSWER_SECONDS, **options)
 
-def _variables() -> dict[str, str]:
-    """Return what the job takes along of the user's environment: nothing that is secret."""
-    if "BT_HASH_KEY" in os.environ:
-        logger.warning(
-            "BT_HASH_KEY is not sent, since the dashboard shows a job's settings to everyone; put "
-            "the key into a file on the cluster's nodes and name it by BT_HASH_KEY_FILE"
-        )
-    taken = (*limits.VARIABLES, *stores.VARIABLES)
-    variables = {name: os.environ[name] for name in taken if name in os.environ}
-    for name in stores.VARIABLES:
-        storage.refuse_secrets(variables.get(name, ""))
-    if location := os.environ.get("BT_HASH_KEY_FILE"):
-        storage.refuse_secrets(location)
-        variables["BT_HASH_KEY_FILE"] = storage.absolute(location)
-    return variables
+    return Bounded(address)
 
 
-async def _stream(client: "JobSubmissionClient", address: str, job: str) -> None:
-    """Print the log of a job until it ends.
+async def _stream(
+    client: "JobSubmissionClient", address: str, job: str, show: Callable[[str], None]
+) -> None:
+    """Show the log of a job until it ends.
 
     Raises:
         OSError: if the cluster cannot be reached any more. A machine that is switched off does not
@@ -246,7 +244,7 @@ async def _stream(client: "JobSubmissionClient", address: str, job: str) -> None
     """
     place = urlsplit(address)
     port = place.port or (443 if place.scheme == "https" else 80)
-    streaming = asyncio.create_task(_print_log(client, job))
+    streaming = asyncio.create_task(_show_log(client, job, show))
     while not streaming.done():
         await asyncio.wait({streaming}, timeout=_LOOK_SECONDS)
         if not streaming.done():
@@ -256,13 +254,6 @@ async def _stream(client: "JobSubmissionClient", address: str, job: str) -> None
     await streaming
 
 
-async def _print_log(client: "JobSubmissionClient", job: str) -> None:
+async def _show_log(client: "JobSubmissionClient", job: str, show: Callable[[str], None]) -> None:
     async for text in client.tail_job_logs(job):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
-def _wants_stop(job: str) -> bool:
-    if not sys.stdin.isatty():
-        return False
-    return input(f"\nstop job {job} on the cluster too? [y/N] ").strip().lower() in ("y", "yes")
+        show(text)

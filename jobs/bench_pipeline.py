@@ -150,7 +150,7 @@ class StubScorer:
 def _figures_on_nodes(folder: str, num_nodes: int, cpus_each: int) -> dict[str, Any]:
     """Return the figures on a cluster of nodes on this machine, beside a head without work."""
     from cluster.local import NodeOptions, free_port, head, worker
-    from cluster.submit import use_token
+    from cluster.token import use_token
 
     share = 0.3 / (num_nodes + 1)
     port, dashboard_port = free_port(), free_port()

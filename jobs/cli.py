@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from bt_core.errors import UsageError
-from cluster.submit import use_token
+from cluster.token import use_token
 from jobs import (
     audit,
     bench,

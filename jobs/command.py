@@ -93,11 +93,12 @@ _LOCATIONS: Final = frozenset(
 )
 """Parameters that hold paths, made absolute for a submitted job, whose folder is another."""
 
-_GOES_ON: Final = {
+GOES_ON: Final = {
     "train": ": it goes on from its last epoch",
     "tune": ": it goes on from its last trial",
     "score": ": it goes on with what is not scored yet",
 }
+"""What becomes of a command that is given again; the others begin anew."""
 _SUBMIT = Annotated[
     str | None,
     typer.Option(
@@ -131,7 +132,7 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
         except typer.Exit:
             raise
         except KeyboardInterrupt:
-            _say("interrupted; give the same command again" + _GOES_ON.get(name, ""))
+            _say("interrupted; give the same command again" + GOES_ON.get(name, ""))
             code = EXIT_FAILED
         except Exception as error:
             if debug:
@@ -266,6 +267,7 @@ def say_if_random(key_is_kept: bool, patients: "pa.ChunkedArray") -> None:
 
 def _submit(address: str, name: str, context: typer.Context) -> int:
     from cluster.submit import submit
+    from jobs.jobs import FOLLOWER
 
     if name.startswith("keys "):  # a cluster keeps what its jobs print
         raise UsageError(f"bt {name} works on files of this machine; run it where the server is")
@@ -277,7 +279,7 @@ def _submit(address: str, name: str, context: typer.Context) -> int:
             "--submit needs --out with a path or URI that every node of the cluster sees"
         )
     module, *inner = name.split()
-    return submit(address, f"jobs.{module}", [*inner, *_job_arguments(context)])
+    return submit(address, f"jobs.{module}", [*inner, *_job_arguments(context)], FOLLOWER)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -319,7 +321,7 @@ def _explained(error: Exception, name: str) -> tuple[str, int]:
     try:
         refuse_away(error)
     except StoreError as away:
-        return f"{away}{_GOES_ON.get(name, '')}", away.exit_code
+        return f"{away}{GOES_ON.get(name, '')}", away.exit_code
     if isinstance(error, BtError):
         return " ".join(str(error).split()), error.exit_code
     return f"{_last_line(error)} (--debug shows where)", EXIT_FAILED

@@ -1,11 +1,15 @@
 """`bt jobs`: what was submitted to a cluster, how far it is, and its end."""
 
+import re
+import sys
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from bt_core.errors import EXIT_OK
+from cluster.submit import Follower
+from jobs.command import GOES_ON
 
 ClusterOption = Annotated[
     str,
@@ -37,15 +41,44 @@ def run_follow(job: JobArgument, cluster: ClusterOption = _HERE) -> int:
     """Show a job's log until it ends, and end with its exit code."""
     from cluster.submit import follow
 
-    return follow(cluster, job)
+    return follow(cluster, job, FOLLOWER)
 
 
 def run_stop(job: JobArgument, cluster: ClusterOption = _HERE) -> int:
-    """Stop a job; the same command submitted again goes on where it was."""
+    """Stop a job."""
     from cluster.submit import stop
 
-    print(f"{job}: {stop(cluster, job)}")
+    details = stop(cluster, job)
+    print(f"{job}: {details.status.value}")
+    if details.status == "STOPPED":
+        print(f"to have it done, {again(details.entrypoint)}")
     return EXIT_OK
+
+
+def show(text: str) -> None:
+    """Print a piece of a job's log."""
+    print(text, end="", flush=True)
+
+
+def wants_stop(job: str) -> bool:
+    """Ask whether to stop a job; without a terminal, or without an answer, it goes on."""
+    if not sys.stdin.isatty():
+        return False
+    try:
+        return typer.confirm(f"\nstop job {job} on the cluster too?", err=True)
+    except typer.Abort:  # Ctrl-C again, or Ctrl-D
+        return False
+
+
+def again(entrypoint: str) -> str:
+    """Say what to do about a command that did not end, and what becomes of it then."""
+    found = re.search(r"-m jobs\.(\w+)", entrypoint)
+    if found is None:
+        return "submit it again"
+    return f"submit the same command again{GOES_ON.get(found[1], ': it begins anew')}"
+
+
+FOLLOWER: Final = Follower(show, wants_stop, again)
 
 
 def _time(milliseconds: int | None) -> datetime | None:

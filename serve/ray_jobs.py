@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, UsageError
 from bt_core.log import logger
-from cluster.submit import SCORING_JOB, job_environment, own_cluster
+from cluster.environment import job_environment
+from cluster.submit import SCORING_JOB, own_cluster
 from serve.locations import allowed_output, allowed_source, resolved
 from serve.schemas import ScoringJob, ScoringRequest, ScoringSummary
 from serve.settings import ServeSettings

@@ -17,6 +17,7 @@ from tests.tiny_bundle import make_bundle
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+REFUSED = "1af7651916cd43dd8448eb211c80319c"
 STAGES = ("POST /v1/predictions", "decode", "preprocess", "ensemble", "member m0", "member m1")
 
 
@@ -47,6 +48,22 @@ def in_trace(found, trace):
     return [span for span in found.spans if span.trace_id.hex() == trace]
 
 
+def check_that_names_in_paths_stay_here(url, found):
+    headers = {"traceparent": f"00-{REFUSED}-{PARENT}-01", "tracestate": "of=JOHN_DOE"}
+    paths = ("/v1/JOHN_DOE_1947.dcm", "/JOHN_DOE/1947", "/static/JOHN_DOE.js")
+    for path in paths:
+        assert requests.get(f"{url}{path}", headers=headers, timeout=60).status_code == 404
+    deadline = time.monotonic() + 60
+    while True:
+        names = [span.name for span in in_trace(found, REFUSED)]
+        if names.count("proxy_http_request") == names.count("replica_handle_request") == len(paths):
+            break
+        assert time.monotonic() < deadline, names
+        time.sleep(0.5)
+    assert "GET /static/{name}" in names
+    assert b"DOE" not in found.received
+
+
 def test_each_stage_of_a_request_is_a_span_below_the_callers(served):
     url, found = served
     scan = encode_picture(phantom_slice("glioma", 1, 96), ".png")
@@ -74,3 +91,4 @@ def test_each_stage_of_a_request_is_a_span_below_the_callers(served):
     assert {r["bt.run_id"] for r in found.resources} == {"traced"}
     assert {r["service.name"] for r in found.resources} == {"bt"}
     assert b"DOE" not in found.received
+    check_that_names_in_paths_stay_here(url, found)

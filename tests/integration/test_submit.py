@@ -1,14 +1,16 @@
 """Commands as jobs on a Ray cluster: the log comes back, the exit code is kept."""
 
 import os
+import select
 import subprocess
 import sys
+import time
 
 import pytest
 import ray
-from ray.job_submission import JobSubmissionClient
+from ray.job_submission import JobStatus, JobSubmissionClient
 
-from bt_core.errors import EXIT_USAGE
+from bt_core.errors import EXIT_FAILED, EXIT_USAGE
 from tests.conftest import bt, bt_process
 
 pytestmark = pytest.mark.integration
@@ -30,7 +32,7 @@ def test_a_command_runs_as_a_job_and_streams_its_output(dashboard, tmp_path):
 def test_the_workers_of_a_driver_that_joins_know_its_run(ray_session):
     program = (
         "import os, ray; from bt_core.log import run_id; from cluster.session import session\n"
-        "from cluster.submit import use_token; use_token(os.environ['RAY_ADDRESS'])\n"
+        "from cluster.token import use_token; use_token(os.environ['RAY_ADDRESS'])\n"
         "with session(): print('workers of', ray.get(ray.remote(run_id).remote()))"
     )
     address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "BT_RUN_ID": "of-a-driver"}
@@ -80,7 +82,7 @@ TYPED_AND_SENT = [
 def test_only_paths_are_rewritten_and_submit_is_dropped(typed, sent, monkeypatch, tmp_path):
     told = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cluster.submit.submit", lambda *given: told.append(given) or 0)
+    monkeypatch.setattr("cluster.submit.submit", lambda *given: told.append(given[:3]) or 0)
     name, *rest = typed.split()
     assert bt(name, "--submit", "http://h:1", *rest) == 0
     assert told == [("http://h:1", f"jobs.{name}", sent.replace("HERE", str(tmp_path)).split())]
@@ -88,7 +90,7 @@ def test_only_paths_are_rewritten_and_submit_is_dropped(typed, sent, monkeypatch
 
 def test_a_command_of_two_words_stays_one(monkeypatch):
     told = []
-    monkeypatch.setattr("cluster.submit.submit", lambda *given: told.append(given) or 0)
+    monkeypatch.setattr("cluster.submit.submit", lambda *given: told.append(given[:3]) or 0)
     assert bt("bench", "train", "--data", "/d", "--submit", "http://h:1") == 0
     assert told == [("http://h:1", "jobs.bench", ["train", "--data", "/d"])]
 
@@ -110,8 +112,53 @@ def test_jobs_are_listed_followed_and_stopped(dashboard, capsys):
     assert "sleep 600" in told[endless]
     assert list(told).index(done) < list(told).index(endless), "the oldest comes first"
     assert bt("jobs", "stop", endless, "--cluster", dashboard) == 0
-    assert "STOPPED" in capsys.readouterr().out
-    assert str(client.get_job_status(endless)) == "STOPPED"
+    assert capsys.readouterr().out == f"{endless}: STOPPED\nto have it done, submit it again\n"
+    assert client.get_job_status(endless) == JobStatus.STOPPED
+
+
+def wait_until(client, job, status):
+    deadline = time.monotonic() + 60
+    while client.get_job_status(job) != status:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_job_that_waits_for_its_turn_stops_when_it_comes(
+    dashboard, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("cluster.submit._STOP_SECONDS", 0.0)
+    client = JobSubmissionClient(dashboard)
+    most = int(ray.cluster_resources()["memory"] * 0.6)
+    first = client.submit_job(entrypoint="sleep 600", entrypoint_memory=most)
+    wait_until(client, first, JobStatus.RUNNING)
+    waits = client.submit_job(entrypoint="sleep 600", entrypoint_memory=most)
+    assert bt("jobs", "stop", waits, "--cluster", dashboard) == EXIT_FAILED
+    said = capsys.readouterr().err
+    assert f"job {waits} was asked to stop, but it has not begun, and Ray ends it" in said
+    assert client.get_job_status(waits) == JobStatus.PENDING
+    client.stop_job(first)
+    wait_until(client, waits, JobStatus.STOPPED)
+
+
+def test_ctrl_c_in_a_terminal_asks_and_yes_stops_the_job(dashboard):
+    client = JobSubmissionClient(dashboard)
+    job = client.submit_job(entrypoint="echo it has begun; sleep 600")
+    keyboard, terminal = os.openpty()
+    line = [sys.executable, "-m", "jobs.cli", "jobs", "follow", job, "--cluster", dashboard]
+    process = subprocess.Popen(
+        ["setsid", "--ctty", *line], stdin=terminal, stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    shown = ""
+    for awaited, typed in [("it has begun", "\3"), ("[y/N]:", "y\n"), ("was stopped", "")]:
+        while awaited not in shown:
+            assert select.select([keyboard], [], [], 60)[0], shown
+            shown += os.read(keyboard, 4096).decode()
+        os.write(keyboard, typed.encode())
+    assert f"stop job {job} on the cluster too? [y/N]:" in shown
+    assert process.wait(60) == EXIT_FAILED
+    os.close(keyboard)
+    assert client.get_job_status(job) == JobStatus.STOPPED
 
 
 def test_a_job_that_is_not_there_is_said_so(dashboard, capsys):

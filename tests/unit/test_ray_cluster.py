@@ -9,9 +9,11 @@ import importlib
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 from copy import deepcopy
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -167,26 +169,39 @@ def test_lock_pins_the_ray_that_is_tested() -> None:
     assert re.findall(r"^ray(?:\[.*\])?\s*==\s*(\S+)", lock, re.MULTILINE) == [ray.__version__]
 
 
-def test_file_mounts_are_the_repository_and_the_token(merged: Config) -> None:
-    mounts = merged["file_mounts"]
-    assert mounts["~/bt"] == "."
-    assert mounts[TOKEN_FILE] == TOKEN_FILE
-    for local in set(mounts.values()) - {TOKEN_FILE}:
-        path = (REPOSITORY / local).resolve()
-        assert path.is_relative_to(REPOSITORY)
-        assert path.exists()
-
-
-def test_sync_leaves_out_results_and_keeps_every_package(merged: Config) -> None:
-    excluded = merged["rsync_exclude"]
-    assert {".git", ".venv", "/runs", "/data"} <= set(excluded)
+def test_only_the_code_and_the_token_are_copied(merged: Config) -> None:
+    """By name, so that nothing else in the folder travels, whatever it is called."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    for package in project["tool"]["setuptools"]["packages"]:
-        parts = package.split(".")
-        for pattern in excluded:
-            # As rsync reads it: a leading slash binds the pattern to the top folder.
-            candidates = parts[:1] if pattern.startswith("/") else parts
-            assert not any(fnmatch(part, pattern.lstrip("/")) for part in candidates), pattern
+    packages = {name.partition(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    read_by_pip = {project["project"]["readme"], *project["project"]["license-files"]}
+    code = packages | read_by_pip | {"pyproject.toml", "requirements.lock"}
+    mounts = {f"~/bt/{name}": name for name in code}
+    assert merged["file_mounts"] == mounts | {TOKEN_FILE: TOKEN_FILE}
+    assert all((REPOSITORY / name).exists() for name in code)
+
+
+def test_what_is_copied_is_copied_whole(merged: Config) -> None:
+    assert merged["rsync_exclude"] == ["__pycache__"]
+
+
+def test_the_nodes_install_what_was_copied(merged: Config, tmp_path: Path) -> None:
+    """As Ray's updater has rsync do it: a folder's contents to a folder of that name."""
+    for remote, local in merged["file_mounts"].items():
+        if local != TOKEN_FILE:
+            target = tmp_path / Path(remote).relative_to("~/bt")
+            copy = shutil.copytree if (REPOSITORY / local).is_dir() else shutil.copy
+            copy(REPOSITORY / local, target)
+    line = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        "from setuptools import setup; setup()",
+        "-q",
+        "egg_info",
+    ]
+    subprocess.run(line, cwd=tmp_path, check=True)
+    assert (tmp_path / "bt.egg-info").is_dir()
 
 
 def serve_config(name: str) -> Config:

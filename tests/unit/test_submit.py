@@ -5,19 +5,29 @@ import inspect
 import logging
 import os
 import re
+import shutil
+import signal
+import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
+from ray.job_submission import JobDetails, JobStatus
 
 from bt_core import stores
-from bt_core.errors import RunError, UsageError
+from bt_core.errors import EXIT_FAILED, RunError, UsageError
 from bt_core.log import logger
+from cluster.environment import all_but_code, job_environment
 from cluster.local import free_port
 from cluster.pins import unlike_the_lock
-from cluster.submit import _followed, job_environment, submit, use_token
+from cluster.submit import Follower, _followed, submit, submitted
+from cluster.token import use_token
 from jobs.cli import app
 from jobs.command import _LOCATIONS
+from jobs.jobs import FOLLOWER, again, wants_stop
 
 LIMITS = {
     "BT_MAX_MEMBERS": "200000",
@@ -47,6 +57,65 @@ def test_limits_and_the_file_of_the_key_go_along(
     assert "working_dir" in sent
 
 
+def checkout(folder: Path) -> Path:
+    """The code as a user has it, with what may lie beside it and in it."""
+    root = Path(inspect.getfile(submit)).parents[1]
+    for name in ("bt_core", "cluster", "jobs", "serve"):
+        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.lock", ".gitignore"):
+        shutil.copy(root / name, folder)
+    return folder
+
+
+def sent_from(root: Path, package: Path) -> set[str]:
+    """What Ray itself packs of a folder."""
+    create_package(str(root), package, include_gitignore=True, excludes=all_but_code(root))
+    return set(ZipFile(package).namelist())
+
+
+def test_all_code_goes_along(tmp_path: Path) -> None:
+    root = checkout(tmp_path / "checkout")
+    code = {"pyproject.toml", "requirements.lock"}
+    for pattern in ("**/*.py", "**/*.j2", "jobs/recipes/**/*.yaml", "jobs/peers/*", "serve/page/*"):
+        code |= {str(path.relative_to(root)) for path in root.glob(pattern) if path.is_file()}
+    assert len(code) > 250
+    assert sent_from(root, tmp_path / "package.zip") == code
+
+
+def test_no_data_goes_along_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    root = checkout(tmp_path / "checkout")
+    before = sent_from(root, tmp_path / "before.zip")
+    for name in (
+        "scans", "scans [2024]", "end ", "scans?", "*", "back\\slash", "!bt_core", "#scans", ".old",
+        "bt_core [old]", "bt_core2", "jobs/scans", "bt_core/data/a.d", "serve/page/scans", "a.py",
+    ):  # fmt: skip
+        (root / name / "deeper").mkdir(parents=True)
+        for file in ("JOHN_DOE.dcm", "JOHN_DOE.py", "patients.yaml", "deeper/scan", "deeper/a.py"):
+            (root / name / file).touch()
+    assert sent_from(root, tmp_path / "package.zip") == before
+
+
+def test_no_file_or_link_beside_the_code_goes_along(tmp_path: Path) -> None:
+    root, elsewhere = checkout(tmp_path / "checkout"), tmp_path / "elsewhere"
+    before = sent_from(root, tmp_path / "before.zip")
+    elsewhere.mkdir()
+    (elsewhere / "JOHN_DOE.py").touch()
+    for name in (
+        "scans.zip",
+        "patients.csv",
+        "JOHN_DOE",
+        "mine.py",
+        "jobs/patients.csv",
+        "serve/1",
+    ):
+        (root / name).touch()
+    (root / "linked").symlink_to(elsewhere)
+    (root / "jobs" / "linked").symlink_to(elsewhere)
+    (root / "jobs" / "recipes" / "sweeps" / "linked.yaml").symlink_to(elsewhere)
+    (root / "linked.csv").symlink_to(elsewhere / "JOHN_DOE.py")
+    assert sent_from(root, tmp_path / "package.zip") == before
+
+
 def test_where_a_store_is_goes_along_without_what_is_secret(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -67,13 +136,120 @@ class DeadHead:
         await asyncio.sleep(60)
 
 
+class Endless:
+    """A cluster with a job that ends when it is stopped; Ctrl-C comes after its first line."""
+
+    status = JobStatus.RUNNING
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "the first line\n"
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(60)
+
+    def stop_job(self, job: str) -> None:
+        self.status = JobStatus.STOPPED
+
+    def get_job_info(self, job: str) -> JobDetails:
+        command = "python -m jobs.train --recipe r"
+        return JobDetails(type="SUBMISSION", status=self.status, entrypoint=command)
+
+
+class Deaf(Endless):
+    """A cluster with a job that does not end."""
+
+    def stop_job(self, job: str) -> None:
+        pass
+
+
+def followed(client: object, says: bool = False, command: str = "train") -> tuple[int, list[str]]:
+    """The exit code, and what was shown and asked, of following a job of a cluster."""
+    seen: list[str] = []
+
+    def answer(job: str) -> bool:
+        seen.append(f"stop {job}?")
+        return says
+
+    address = f"http://127.0.0.1:{free_port()}"
+    entrypoint = f"python -m jobs.{command} --recipe r"
+    code = _followed(client, address, "job-1", entrypoint, Follower(seen.append, answer, again))
+    return code, seen
+
+
+@pytest.mark.parametrize(
+    ("command", "becomes"),
+    [("train", "it goes on from its last epoch"), ("prepare", "it begins anew")],
+)
 def test_a_head_that_is_switched_off_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, becomes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.submit._LOOK_SECONDS", 0.05)
-    with pytest.raises(RunError, match="the same command goes on"):
-        _followed(DeadHead(), f"http://127.0.0.1:{free_port()}", "job-1")
-    assert capsys.readouterr().out == "the first line\n"
+    with pytest.raises(RunError, match=f"submit the same command again: {becomes}"):
+        followed(DeadHead(), command=command)
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "said"),
+    [
+        (True, "STOPPED", "job-1 was stopped; to have it done, submit the same command again: it "),
+        (False, "RUNNING", "job-1 goes on; follow it with: bt jobs follow job-1 --cluster http://"),
+    ],
+)
+def test_after_an_interruption_a_job_stops_if_that_is_wanted(
+    says: bool, status: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = Endless()
+    with caplog.at_level(logging.INFO):
+        assert followed(cluster, says) == (EXIT_FAILED, ["the first line\n", "stop job-1?"])
+    assert cluster.status == status
+    assert said in caplog.text
+
+
+def test_a_job_that_does_not_stop_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.submit._STOP_SECONDS", 0.0)
+    with pytest.raises(RunError, match="was asked to stop, but it is still RUNNING; bt jobs list"):
+        followed(Deaf(), says=True)
+
+
+def test_without_a_terminal_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert not wants_stop("job-1")
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [("y\n", True), ("Yes\n", True), ("n\n", False), ("\n", False), ("\4", False)],
+)
+def test_a_job_is_stopped_by_a_clear_yes_alone(
+    typed: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keyboard, terminal = os.openpty()
+    with os.fdopen(keyboard, "w"), os.fdopen(terminal) as stdin:
+        os.write(keyboard, typed.encode())
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert wants_stop("job-1") == wanted
+
+
+def test_what_becomes_of_a_command_is_said_of_each() -> None:
+    python = "/usr/bin/python -m jobs"
+    assert again(f"{python}.score b s") == (
+        "submit the same command again: it goes on with what is not scored yet"
+    )
+    assert again(f"{python}.evaluate b") == "submit the same command again: it begins anew"
+    assert again("sleep 600") == "submit it again"
+
+
+def test_a_cluster_that_takes_requests_and_answers_none_is_said_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.submit._ANSWER_SECONDS", 0.1)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UsageError, match=f"cluster {address}: .*timed out"):
+            submitted(address)
 
 
 def test_the_key_itself_stays_here_and_that_is_said(
@@ -92,7 +268,7 @@ def test_the_key_itself_stays_here_and_that_is_said(
 @pytest.mark.parametrize("word", ["s3://KEY:SECRET@b/a.zip", "--out=https://h/o?sig=SECRET"])
 def test_secrets_among_the_arguments_are_refused(word: str) -> None:
     with pytest.raises(UsageError, match="give credentials by the environment") as caught:
-        submit("http://127.0.0.1:1", "jobs.score", ["bundle", word])
+        submit("http://127.0.0.1:1", "jobs.score", ["bundle", word], FOLLOWER)
     assert "SECRET" not in str(caught.value)
 
 

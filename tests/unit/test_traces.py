@@ -1,9 +1,16 @@
 """Spans of requests: what takes how long, and nothing of a scan."""
 
+from contextvars import copy_context
+from types import SimpleNamespace
+
 import pytest
+from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.trace import StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from ray.serve._private import tracing_utils
+from ray.serve._private.proxy import HTTPProxy
 
 from bt_core.errors import UsageError
 from bt_core.inference import predictor
@@ -21,6 +28,7 @@ def traced(monkeypatch):
         monkeypatch.setenv(tracing.ENDPOINT, found.url)
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(LeanExporter()))
+        found.provider = provider
         tracer = provider.get_tracer("bt")
         monkeypatch.setattr(tracing, "_tracer", tracer)
         monkeypatch.setattr(predictor, "_tracer", tracer)
@@ -52,15 +60,71 @@ def test_the_stages_of_a_scan_are_spans_and_say_nothing_of_it(traced, tmp_path_f
 
 def test_texts_of_errors_and_addresses_stay_here(traced):
     found, tracer = traced
-    about = {"url.path": "/JOHN DOE", "http.route": "/v1/model"}
+    about = {"url.path": "/JOHN DOE", "app": "gateway"}
     with (
         pytest.raises(ValueError, match="DOE"),
         tracer.start_as_current_span("fails", attributes=about),
     ):
         raise ValueError("Invalid value: JOHN DOE")
     (span,) = found.spans
-    assert [(a.key, a.value.string_value) for a in span.attributes] == [("http.route", "/v1/model")]
+    assert [(a.key, a.value.string_value) for a in span.attributes] == [("app", "gateway")]
     assert span.status.code == StatusCode.ERROR.value
+    assert b"DOE" not in found.received
+
+
+def spans_of_the_proxy(tracer, monkeypatch, path):
+    """What Ray's proxy records of a request that no route takes."""
+    monkeypatch.setattr(tracing_utils, "_tracing_enabled", True)
+    monkeypatch.setattr(tracing_utils, "_tracer", tracer)
+    proxy = HTTPProxy.__new__(HTTPProxy)  # its own would open a port
+    handle = SimpleNamespace(deployment_name="Gateway", app_name="gateway")
+    asked = SimpleNamespace(request_type="http", method="GET", route_path=path)
+    with tracing_utils.TraceContextManager("proxy_http_request"):
+        proxy._setup_http_tracing("id", handle, asked)
+        proxy._finalize_http_tracing(asked, "404", False, None)
+
+
+def test_the_path_that_was_asked_for_stays_here(traced, monkeypatch):
+    found, _ = traced
+    tracer = trace.get_tracer("ray.serve._private.tracing_utils", tracer_provider=found.provider)
+    copy_context().run(spans_of_the_proxy, tracer, monkeypatch, "/v1/JOHN_DOE_1947.dcm")
+    (span,) = found.spans
+    assert span.name == "proxy_http_request"
+    kept = {a.key: a.value.string_value for a in span.attributes}
+    assert kept == {"app": "gateway", "deployment": "Gateway"}
+    assert b"DOE" not in found.received
+
+
+@pytest.mark.parametrize(
+    ("name", "scope", "sent"),
+    [
+        ("route_to_replica Gateway __call__", "ray.serve", "route_to_replica"),
+        ("replica_handle_request Gateway __call__", "ray.serve", "replica_handle_request"),
+        ("GET /JOHN_DOE", "ray.serve", "other"),
+        ("JOHN_DOE", "a library of tomorrow", "other"),
+        ("POST /v1/predictions", "fastapi", "POST /v1/predictions"),
+        ("member m0", "bt", "member m0"),
+    ],
+)
+def test_names_are_sent_of_those_only_who_name_by_what_is_known(name, scope, sent, traced):
+    found, _ = traced
+    tracer = trace.get_tracer(scope, tracer_provider=found.provider)
+    route = {"http.route": "/v1/predictions"}
+    with tracer.start_as_current_span(name, attributes=route):
+        pass
+    (span,) = found.spans
+    assert span.name == sent
+    assert bool(span.attributes) == (scope == "fastapi")
+
+
+def test_what_the_caller_adds_to_its_trace_stays_here(traced):
+    found, tracer = traced
+    headers = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": "hospital=JOHN_DOE"}
+    parent = TraceContextTextMapPropagator().extract(headers)
+    with tracer.start_as_current_span("decode", context=parent):
+        pass
+    (span,) = found.spans
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == ("a" * 32, "b" * 16)
     assert b"DOE" not in found.received
 
 
