@@ -326,11 +326,12 @@ def is_of_file(error: OSError) -> bool:
     return isinstance(error, FileNotFoundError) or bool(found and _OF_FILE.match(found[0]))
 
 
-def refuse_away(error: BaseException) -> None:
+def refuse_away(error: BaseException, store: str = "the store") -> None:
     """Raise StoreError if an error came from a store that did not answer, or refused; else nothing.
 
     Args:
         error: of this process, or Ray's of another one, which quotes its traceback.
+        store: what to call one that the error does not name.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -340,20 +341,29 @@ def refuse_away(error: BaseException) -> None:
         if isinstance(seen, StoreError):
             raise StoreError(text) from error
         if (found := _SAID.search(text)) and not _OF_FILE.match(found[0]):
-            raise StoreError(_explain(found[0], text)) from error
+            raise StoreError(_explain(found[0], text, store)) from error
         seen = seen.__cause__ or seen.__context__
 
 
-def _explain(said: str, text: str) -> str:
+def _explain(said: str, text: str, store: str) -> str:
     bucket = _BUCKET.search(text)
-    store = f"s3://{bucket[1]}" if bucket else "the store"
+    store = f"s3://{bucket[1]}" if bucket else store
     if _AWAY.match(said):
         return (
             f"{store} does not answer: {said.strip()}; what is done is kept: when it answers "
             "again, give the same command again"
         )
-    nodes = _ELSEWHERE.findall(text) or [platform.node()]
     return (
-        f"{store} refuses node {nodes[-1]}: {said}; what is done is kept: give every node valid "
-        "credentials and the store's settings, then give the same command again"
+        f"{store} refuses node {node_of(text)}: {said}; what is done is kept: give every node "
+        "valid credentials and the store's settings, then give the same command again"
     )
+
+
+def is_elsewhere(text: str) -> bool:
+    """Return whether an error's text came from a Ray task."""
+    return bool(_ELSEWHERE.search(text))
+
+
+def node_of(text: str) -> str:
+    """Return the node that an error's text came from: of a Ray task by its address, or this one."""
+    return (_ELSEWHERE.findall(text) or [platform.node()])[-1]

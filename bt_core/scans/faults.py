@@ -31,7 +31,7 @@ def fault_of(error: Exception, uri: str, position: int) -> ScanError:
         StoreError: if its folder or archive cannot be read by this process, the store refuses or
             does not answer, or a setting of this process is wrong.
     """
-    refuse_away(error)
+    refuse_away(error, _store_of(uri))
     is_row = position == NAMED and not isinstance(error, ConfigError)
     if isinstance(error, UsageError) and not isinstance(error, SourceError) and not is_row:
         raise _place_fault(str(error), "set that right there") from error
@@ -66,7 +66,7 @@ def _check_disk(path: str, position: int) -> None:
             if next(entries, None) is None:
                 raise FileNotFoundError
     except OSError as error:
-        why = "is not there" if isinstance(error, FileNotFoundError) else _why(error)
+        why = "is not there, or is empty" if isinstance(error, FileNotFoundError) else _why(error)
         raise _place_fault(f"{_outermost(path)} {why}", "mount it there") from error
 
 
@@ -86,8 +86,7 @@ def _check_store(
     """Raise StoreError unless a store says that one file is not there, of a place that is."""
     shown = storage.redact(uri)
     if position == NAMED:  # a row's folder may be named after a patient
-        parts = urlsplit(shown)
-        shown, path = f"{parts.scheme}://{parts.netloc}", path.partition("/")[0]
+        shown, path = _store_of(uri), path.partition("/")[0]
     if not is_of_file(error):
         raise _place_fault(f"{shown} {_why(error)}", "see that it answers there") from error
     if position == NAMED and isinstance(filesystem, fs.PyFileSystem):
@@ -95,10 +94,15 @@ def _check_store(
     try:
         is_there = filesystem.get_file_info(path).type != fs.FileType.NotFound
     except Exception as unknown:  # a store's own errors
-        refuse_away(unknown)
+        refuse_away(unknown, _store_of(uri))
         raise _place_fault(f"{shown} {_why(unknown)}", "see that it answers there") from error
     if not is_there:
         raise _place_fault(f"{shown} is not there", "see that it is") from error
+
+
+def _store_of(uri: str) -> str:
+    parts = urlsplit(storage.redact(uri))
+    return f"{parts.scheme}://{parts.netloc}" if parts.netloc else "the store"
 
 
 def _why(error: Exception) -> str:

@@ -10,7 +10,7 @@ import io
 import posixpath
 from functools import lru_cache
 from typing import Any, Final
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -65,7 +65,7 @@ def read_list(lister: Lister, hash_key: bytes | None) -> None:
             raise SourceError(
                 f"{storage.redact(source)}, row {number} without the header: {error}"
             ) from None
-        if path.startswith("/"):
+        if uri.startswith("/"):
             uri, missing = rooted(uri)
             member = posixpath.join(missing, member)
         hashed = patient_hash(patient, hash_key)
@@ -88,6 +88,8 @@ def _rooted(folder: str) -> tuple[str, str]:
 
 def _place(folder: str, path: str) -> tuple[str, str, int]:
     """Return the folder of a path, the file as that folder's store names it, and its position."""
+    if path.startswith("file:///"):
+        path = unquote(urlsplit(path).path)
     if not storage.is_uri(path):
         return (*posixpath.split(path), -1) if path.startswith("/") else (folder, path, -1)
     plain, mark, query = path.partition("?")
