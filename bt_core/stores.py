@@ -366,4 +366,5 @@ def is_elsewhere(text: str) -> bool:
 
 def node_of(text: str) -> str:
     """Return the node that an error's text came from: of a Ray task by its address, or this one."""
-    return (_ELSEWHERE.findall(text) or [platform.node()])[-1]
+    found: list[str] = _ELSEWHERE.findall(text)
+    return found[-1] if found else platform.node()
