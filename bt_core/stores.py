@@ -11,7 +11,6 @@ again: where a store fails all of many requests at once, it is asked less often 
 import io
 import json
 import os
-import platform
 import re
 import threading
 import time
@@ -24,7 +23,9 @@ import fsspec
 import pyarrow as pa
 from pyarrow import fs
 
-from bt_core.errors import ConfigError, StoreError, UsageError
+from bt_core.errors import ConfigError, UsageError
+from bt_core.store_errors import FileFault
+from bt_core.store_errors import refuse_away as refuse_away
 
 T = TypeVar("T")
 MAX_ATTEMPTS: Final = 8
@@ -37,30 +38,9 @@ VARIABLES: Final = (
 _CONNECT_SECONDS: Final = 10.0
 _SILENT_SECONDS: Final = 30.0
 """How long an answer may stand still before its request counts as failed."""
-_AWAY: Final = re.compile(
-    r"AWS Error (?:NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|"
-    r"REQUEST_TIMEOUT|THROTTLING|UNKNOWN \(HTTP status (?:5\d\d|429|408)\))"
-    r"|(?:UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)\b"
-)
-"""How pyarrow says that a store did not answer, however often it was asked."""
-_OF_FILE: Final = re.compile(
-    r"AWS Error (?:NO_SUCH_KEY|RESOURCE_NOT_FOUND|INVALID_RANGE|"
-    r"UNKNOWN \(HTTP status (?:404|416)\))|(?:NOT_FOUND|OUT_OF_RANGE)\b"
-)
-"""What a store says of one file: it is not there, or is shorter than it was."""
-_SAID: Final = re.compile(
-    r"AWS Error [A-Z_]+(?: \(HTTP status \d+\))?(?: during \w+ operation)?"
-    r"(?:: (?:Unable to parse ExceptionName: \w+|curlCode: \d+, [\w' ]+))?"
-    r"|(?<=google::cloud::Status\()[A-Z_]+"
-)
-"""What a store says, without its own words, which may name a file."""
-_QUOTED: Final = re.compile(r"\bStoreError: ([^\n]+)")
-_ELSEWHERE: Final = re.compile(r"\(pid=\d+, ip=([^,)]+)")
-"""The node of a task, in what Ray quotes of its traceback."""
 SHORT_PART: Final = "Failed to flush response stream"
 """What pyarrow says of an answer longer than the part of a file that it asked for, as the text of
 an error may be. It does not ask again then."""
-_BUCKET: Final = re.compile("in bucket '([^']*)'")
 _PASSWORD: Final = re.compile(r"(?:(?<=s3)://[^/@]*:|://[^/@]*:(?!\d+/))[^@]*@")
 """A URI with `user:password@`; the password may hold slashes, as keys of S3 do."""
 _SECRET_ENDINGS: Final = (
@@ -220,10 +200,6 @@ def again(read: Callable[[], T]) -> T:
     return read()
 
 
-class FileFault(OSError):
-    """What is wrong with one file, and not with its store."""
-
-
 class _StoreFile(io.RawIOBase):
     """A file of a store as a raw Python file, each of whose failures is an OSError."""
 
@@ -318,53 +294,3 @@ def _open_remote(filesystem_: fs.FileSystem, path: str) -> pa.NativeFile:
         if isinstance(filesystem_, fs.PyFileSystem):  # fsspec says so whatever a server answers
             filesystem_.handler.fs.cat_file(path, 0, 1)
         raise
-
-
-def is_of_file(error: OSError) -> bool:
-    """Return whether an error says that one file is not there, or is shorter than it was."""
-    found = _SAID.search(str(error))
-    return isinstance(error, FileNotFoundError) or bool(found and _OF_FILE.match(found[0]))
-
-
-def refuse_away(error: BaseException, store: str = "the store") -> None:
-    """Raise StoreError if an error came from a store that did not answer, or refused; else nothing.
-
-    Args:
-        error: of this process, or Ray's of another one, which quotes its traceback.
-        store: what to call one that the error does not name.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        text = str(seen)
-        if quoted := _QUOTED.search(text):
-            raise StoreError(quoted[1]) from error
-        if isinstance(seen, StoreError):
-            raise StoreError(text) from error
-        if (found := _SAID.search(text)) and not _OF_FILE.match(found[0]):
-            raise StoreError(_explain(found[0], text, store)) from error
-        seen = seen.__cause__ or seen.__context__
-
-
-def _explain(said: str, text: str, store: str) -> str:
-    bucket = _BUCKET.search(text)
-    store = f"s3://{bucket[1]}" if bucket else store
-    if _AWAY.match(said):
-        return (
-            f"{store} does not answer: {said.strip()}; what is done is kept: when it answers "
-            "again, give the same command again"
-        )
-    return (
-        f"{store} refuses node {node_of(text)}: {said}; what is done is kept: give every node "
-        "valid credentials and the store's settings, then give the same command again"
-    )
-
-
-def is_elsewhere(text: str) -> bool:
-    """Return whether an error's text came from a Ray task."""
-    return bool(_ELSEWHERE.search(text))
-
-
-def node_of(text: str) -> str:
-    """Return the node that an error's text came from: of a Ray task by its address, or this one."""
-    found: list[str] = _ELSEWHERE.findall(text)
-    return found[-1] if found else platform.node()

@@ -28,7 +28,7 @@ from pyarrow import fs
 from bt_core import storage
 from bt_core.config import StrictModel, parse
 from bt_core.errors import ConfigError, RunError, UsageError
-from bt_core.stores import is_elsewhere, node_of
+from bt_core.store_errors import is_elsewhere, node_of
 
 _PENDING: Final = ".pending.parquet"
 _UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)

@@ -13,7 +13,7 @@ from pyarrow import fs
 from bt_core import storage
 from bt_core.errors import ConfigError, ScanError, SourceError, StoreError, UsageError
 from bt_core.scans.members import NAMED
-from bt_core.stores import FileFault, is_of_file, refuse_away
+from bt_core.store_errors import FileFault, is_of_file, refuse_away
 
 
 def fault_of(error: Exception, uri: str, position: int) -> ScanError:
