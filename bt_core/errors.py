@@ -11,7 +11,7 @@
     │   ├── WeightsError             initial weights that cannot be had
     │   └── BundleError              a bundle that is missing, changed or not understood
     ├── RunError            exit 1   work that started and could not be finished
-    │   └── StoreError               a store behind a URI that does not answer
+    │   └── StoreError               a place that a process cannot reach
     ├── UnavailableError    (a log line) a way to run a classifier that this host lacks
     └── ScanError           (a row)  one scan that cannot be used; carries a reason code
 
@@ -69,7 +69,7 @@ class RunError(BtError):
 
 
 class StoreError(RunError):
-    """A store behind a URI does not answer, however often it was asked."""
+    """A store does not answer, or refuses, or a node does not see a place that others see."""
 
 
 REASONS: Final[dict[str, str]] = {

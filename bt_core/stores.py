@@ -2,12 +2,17 @@
 
 A location is a local path, or a URI of any store that pyarrow or fsspec opens. An S3 store that
 answers with an error, late or not at all is asked again (`MAX_ATTEMPTS`), by every process that
-gets its client; one that stays away is `StoreError`, never a scan that cannot be read.
+gets its client; one that stays away, or refuses, is `StoreError`, never a scan that cannot be read.
+
+The requests of a process share a budget of 100 retries (AWS's standard), which a success fills up
+again: where a store fails all of many requests at once, it is asked less often than that.
 """
 
 import io
+import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -18,7 +23,9 @@ import fsspec
 import pyarrow as pa
 from pyarrow import fs
 
-from bt_core.errors import StoreError, UsageError
+from bt_core.errors import ConfigError, UsageError
+from bt_core.store_errors import FileFault
+from bt_core.store_errors import refuse_away as refuse_away
 
 T = TypeVar("T")
 MAX_ATTEMPTS: Final = 8
@@ -31,16 +38,9 @@ VARIABLES: Final = (
 _CONNECT_SECONDS: Final = 10.0
 _SILENT_SECONDS: Final = 30.0
 """How long an answer may stand still before its request counts as failed."""
-_AWAY: Final = re.compile(
-    r"AWS Error (?:NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|"
-    r"REQUEST_TIMEOUT|THROTTLING|UNKNOWN \(HTTP status (?:5\d\d|429|408)\))[^\n;]*"
-    r"|(?<=google::cloud::Status\()(?:UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)\b"
-)
-"""How pyarrow says that a store did not answer, however often it was asked."""
 SHORT_PART: Final = "Failed to flush response stream"
 """What pyarrow says of an answer longer than the part of a file that it asked for, as the text of
 an error may be. It does not ask again then."""
-_BUCKET: Final = re.compile("in bucket '([^']*)'")
 _PASSWORD: Final = re.compile(r"(?:(?<=s3)://[^/@]*:|://[^/@]*:(?!\d+/))[^@]*@")
 """A URI with `user:password@`; the password may hold slashes, as keys of S3 do."""
 _SECRET_ENDINGS: Final = (
@@ -124,8 +124,19 @@ class S3Store(fs.S3FileSystem):  # type: ignore[misc]
             super().create_dir(path, recursive=recursive)
 
 
+_opening: Final = threading.Lock()
+"""To open a client waits for all requests of other clients, with their retries: once is enough."""
+_buckets: Final[dict[str, S3Store]] = {}
+
+
 def _s3_store(max_attempts: int, options: dict[str, Any]) -> S3Store:
-    return S3Store(max_attempts, **options)
+    with _opening:
+        return _client(max_attempts, json.dumps(options))
+
+
+@lru_cache(maxsize=64)
+def _client(max_attempts: int, options: str) -> S3Store:
+    return S3Store(max_attempts, **json.loads(options))
 
 
 def _open_uri(location: str) -> tuple[fs.FileSystem, str]:
@@ -137,15 +148,17 @@ def _open_uri(location: str) -> tuple[fs.FileSystem, str]:
     return _open_once(location)
 
 
-@lru_cache(maxsize=64)
 def _open_bucket(location: str) -> fs.FileSystem:
     """Open a bucket once per process, so that its connections serve all its files."""
-    opened, _ = _open_once(location)
-    [options] = opened.__reduce__()[1]
-    given = os.environ.get("AWS_MAX_ATTEMPTS", str(MAX_ATTEMPTS))
-    if not given.isdecimal() or int(given) < 1:
-        raise UsageError(f"AWS_MAX_ATTEMPTS={given}: give a whole number of 1 or more")
-    return S3Store(int(given), **options)
+    if location not in _buckets:
+        given = os.environ.get("AWS_MAX_ATTEMPTS", str(MAX_ATTEMPTS))
+        if not given.isdecimal() or int(given) < 1:
+            raise ConfigError(f"AWS_MAX_ATTEMPTS={given}: give a whole number of 1 or more")
+        with _opening:
+            if location not in _buckets:
+                [options] = _open_once(location)[0].__reduce__()[1]
+                _buckets[location] = _client(int(given), json.dumps(options))
+    return _buckets[location]
 
 
 @lru_cache(maxsize=256)
@@ -218,7 +231,7 @@ class _StoreFile(io.RawIOBase):
         except Exception as error:  # whatever a store's client raises
             raise OSError(type(error).__name__) from error
         if len(content) < min(wanted, 1):
-            raise OSError("the file has become shorter")
+            raise FileFault("the file has become shorter")
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
@@ -238,7 +251,7 @@ def _held(whole: BinaryIO) -> io.BytesIO:
     held = io.BytesIO()
     while chunk := whole.read(1024**2):
         if held.tell() + len(chunk) > _HELD_BYTES:
-            raise OSError("the server reads files from their start only; fetch it first")
+            raise FileFault("the server reads files from their start only; fetch it first")
         held.write(chunk)
     held.seek(0)
     return held
@@ -255,35 +268,29 @@ def open_file(
         buffer_bytes: how much one request to a remote store brings.
 
     Raises:
-        OSError: if it cannot be opened, whatever the store's own error is.
+        OSError: if it cannot be opened, whatever the store's own error is; `FileFault` if there can
+            be no file of this name.
     """
     if isinstance(filesystem_, fs.LocalFileSystem):
         return open(path, "rb")
     try:
-        file = filesystem_.open_input_file(path)
+        file = _open_remote(filesystem_, path)
         if isinstance(filesystem_, fs.PyFileSystem) and not _reads_anywhere(file):
             with filesystem_.handler.fs.open(path, block_size=0) as whole:
                 return _held(whole)
         return io.BufferedReader(_StoreFile(file, file.size()), buffer_bytes)
     except OSError:
         raise
+    except ValueError as error:
+        raise FileFault(type(error).__name__) from error
     except Exception as error:
         raise OSError(type(error).__name__) from error
 
 
-def refuse_away(error: BaseException) -> None:
-    """Raise StoreError if an error came from a store that did not answer; else do nothing.
-
-    Args:
-        error: of this process, or Ray's of another one, which quotes its traceback.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        if found := _AWAY.search(str(seen)):
-            bucket = _BUCKET.search(str(seen))
-            raise StoreError(
-                f"{f's3://{bucket[1]}' if bucket else 'the store'} does not answer: "
-                f"{redact(found[0].strip())}; what is done is kept: when it answers again, give "
-                "the same command again"
-            ) from error
-        seen = seen.__cause__ or seen.__context__
+def _open_remote(filesystem_: fs.FileSystem, path: str) -> pa.NativeFile:
+    try:
+        return filesystem_.open_input_file(path)
+    except FileNotFoundError:
+        if isinstance(filesystem_, fs.PyFileSystem):  # fsspec says so whatever a server answers
+            filesystem_.handler.fs.cat_file(path, 0, 1)
+        raise

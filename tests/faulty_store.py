@@ -17,7 +17,10 @@ from pyarrow import fs
 from werkzeug.serving import make_server
 
 _REFUSAL = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>not now</Message></Error>"
-_STATUS = {500: (b"InternalError", "500 Internal Server Error"),
+_STATUS = {400: (b"ExpiredToken", "400 Bad Request"),
+           401: (b"InvalidToken", "401 Unauthorized"),
+           403: (b"AccessDenied", "403 Forbidden"),
+           500: (b"InternalError", "500 Internal Server Error"),
            503: (b"SlowDown", "503 Slow Down")}  # fmt: skip
 
 
@@ -26,10 +29,12 @@ class FaultyStore:
 
     Attributes:
         share: of requests that are disturbed, 0 to 1.
-        kinds: what happens to one of these: 500 and 503 (it is refused), `late` (the answer takes
+        kinds: what happens to one of these: 500 and 503 (it is refused for now), 400, 401 and 403
+            (credentials that hold no longer, or not here), `late` (the answer takes
             `late_seconds`), `cut` (the connection closes in the middle of the answer), `lost` (it
             is done, and then refused as with 500: the client cannot know).
         counts: requests by kind (GET, HEAD, LIST, PUT, COPY, DELETE, MULTIPART), failed ones too.
+        paths: of all requests, as they came.
         num_disturbed: by what happened.
     """
 
@@ -46,6 +51,7 @@ class FaultyStore:
         self.share, self.late_seconds = 0.0, 1.0
         self.kinds: tuple[int | str, ...] = (500, 503)
         self.counts: Counter[str] = Counter()
+        self.paths: list[str] = []
         self.num_disturbed: Counter[int | str] = Counter()
 
     @property
@@ -62,6 +68,7 @@ class FaultyStore:
         """Answer one request (WSGI)."""
         with self._lock:
             self.counts[kind_of(environ)] += 1
+            self.paths.append(environ["PATH_INFO"])
             disturbed = self._random.random() < self.share
             fault = self._random.choice(self.kinds) if disturbed else None
             if fault is not None:

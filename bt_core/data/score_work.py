@@ -14,6 +14,7 @@
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,9 +28,13 @@ from pyarrow import fs
 from bt_core import storage
 from bt_core.config import StrictModel, parse
 from bt_core.errors import ConfigError, RunError, UsageError
+from bt_core.store_errors import is_elsewhere, node_of
 
 _PENDING: Final = ".pending.parquet"
 _UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+_PATH: Final = re.compile(r"[\"'](/[^\"']+)[\"']")
+_OF_WRITER: Final = "Error writing bytes to file"
+"""What pyarrow, by which all results are written, says of a file that it has opened."""
 LOCK_FILE: Final = ".lock"
 MANIFEST_FILE: Final = "manifest.json"
 """Written last, so its presence means that all scores are there."""
@@ -198,18 +203,37 @@ def _shown(value: object) -> str:
 
 @contextmanager
 def writing(folder: str) -> Iterator[None]:
-    """Raise RunError with what to do where a folder cannot be written while a job is under way."""
+    """Raise RunError with what to do where a folder cannot be written while a job is under way.
+
+    A file elsewhere that is full, or closed, on some node is named instead.
+    """
     try:
         yield
     except OSError as error:  # of this process, or of a Ray task, which quotes its traceback
-        why = next((os.strerror(n) for n in _UNWRITABLE if os.strerror(n) in str(error)), "")
-        if not why:
+        number = next((n for n in _UNWRITABLE if os.strerror(n) in str(error)), None)
+        if number is None:
             raise
-        also = f" or {tempfile.gettempdir()}" if storage.is_uri(folder) else ""
+        is_closed = number in (errno.EROFS, errno.EACCES)
         raise RunError(
-            f"{storage.redact(folder)}{also} cannot be written ({why}); what is scored is kept: "
-            "make room, and the same command goes on from there"
+            f"{_place_of(folder, str(error), os.strerror(number))} ({os.strerror(number)}); what "
+            f"is scored is kept: {'see to that' if is_closed else 'make room'}, and the same "
+            "command goes on from there"
         ) from error
+
+
+def _place_of(folder: str, text: str, why: str) -> str:
+    """Return what cannot be used, as far as an error says: the folder, or a file on some node."""
+    shown = f"{storage.redact(folder)} cannot be written"
+    paths = [path for line in text.splitlines() if why in line for path in _PATH.findall(line)]
+    if paths:
+        below = os.path.join(os.path.abspath(folder), "")
+        if not storage.is_uri(folder) and any(f"{path}/".startswith(below) for path in paths):
+            return shown
+        return f"{storage.redact(paths[-1])} cannot be used on node {node_of(text)}"
+    is_of_writer = _OF_WRITER in text or not is_elsewhere(text)
+    if is_of_writer and not storage.is_uri(folder):
+        return shown
+    return shown.replace(" cannot", f" or {tempfile.gettempdir()} on node {node_of(text)} cannot")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pyarrow import fs
 
 from bt_core import storage
 from bt_core.errors import BtError, ScanError, SourceError, UsageError
+from bt_core.scans.faults import fault_of
 from bt_core.scans.folders import add_file, list_folder, read_file
 from bt_core.scans.limits import limits
 from bt_core.scans.members import (
@@ -103,7 +104,7 @@ def read_member(ref: ScanRef) -> bytes:
     Raises:
         ScanError: `io_error`, `member_encrypted`, `member_too_large`, `member_corrupt`,
             `unsupported_member`, `archive_method_unsupported` or `nested_archive`.
-        StoreError: if the store does not answer, which is no fault of the scan.
+        StoreError: if that is no fault of the scan (`faults.fault_of`).
     """
     try:
         if ref.position < 0:
@@ -113,8 +114,7 @@ def read_member(ref: ScanRef) -> bytes:
             raise ScanError("io_error", "the archive has changed since it was listed")
         return refuse_archive(archive.read(ref))
     except (OSError, UsageError) as error:
-        refuse_away(error)
-        raise ScanError("io_error", type(error).__name__) from error
+        raise fault_of(error, ref.uri, ref.position) from error
 
 
 def stream_members(uri: str) -> Iterator[tuple[ScanRef, bytes | ScanError]]:
@@ -122,13 +122,12 @@ def stream_members(uri: str) -> Iterator[tuple[ScanRef, bytes | ScanError]]:
 
     Raises:
         ScanError: `member_corrupt` or `io_error`, if what follows cannot be read.
-        StoreError: if the store does not answer.
+        StoreError: if that is no fault of the archive (`faults.fault_of`).
     """
     try:
         archive = open_archive(uri)
     except (OSError, UsageError) as error:
-        refuse_away(error)
-        raise ScanError("io_error", type(error).__name__) from error
+        raise fault_of(error, uri, 0) from error
     if not isinstance(archive, StreamedTar):
         raise ScanError("io_error", "the archive has changed since it was listed")
     yield from archive.members()

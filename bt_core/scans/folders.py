@@ -14,6 +14,7 @@ from pyarrow import fs
 
 from bt_core import storage
 from bt_core.errors import ScanError, SourceError
+from bt_core.scans.faults import fault_of
 from bt_core.scans.limits import limits
 from bt_core.scans.members import UNREADABLE_FOLDER, Lister, ScanRef, check_bytes
 from bt_core.stores import refuse_away
@@ -60,7 +61,7 @@ def read_file(ref: ScanRef) -> bytes:
 
     Raises:
         ScanError: `io_error`, `unsupported_member` or `member_too_large`.
-        StoreError: if the store does not answer.
+        StoreError: if that is no fault of the file (`faults.fault_of`).
     """
     name = ref.member
     if ref.position == _ESCAPED:
@@ -71,8 +72,7 @@ def read_file(ref: ScanRef) -> bytes:
         path = f"{root.rstrip('/')}/{name}"
         return _read_local(path) if _is_local(filesystem) else _read_remote(filesystem, path)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        refuse_away(error)
-        raise ScanError("io_error", type(error).__name__) from error
+        raise fault_of(error, ref.uri, ref.position) from error
 
 
 def _is_local(filesystem: fs.FileSystem) -> bool:

@@ -34,6 +34,9 @@ MOST_VALUES: Final = 20
 """Distinct texts of an attribute; with more of them it may tell scans, or patients, apart."""
 
 
+NAMED: Final = -3
+
+
 @dataclass(frozen=True)
 class ScanRef:
     r"""One file of a source.
@@ -45,7 +48,8 @@ class ScanRef:
         member: path inside it, with forward slashes; what is not UTF-8 is written as `\xNN`.
         position: where it is in an archive, which tells equal names apart: index in a zip's
             directory, or offset of its first header in the unpacked tar. A file of a folder has -1,
-            or -2 if its name is not UTF-8 (then `member` has backslashes as `\x5c`).
+            or -2 if its name is not UTF-8 (then `member` has backslashes as `\x5c`); one that a
+            list names by a URI has -3 (`NAMED`), as its folder may never have been there.
         label: class name that a list gives, as written there; empty where the folder decides.
         given_split: split that a list gives, as written there.
         patient: keyed hash of the patient that a list gives; never the patient's own name.

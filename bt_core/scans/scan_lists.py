@@ -8,8 +8,9 @@ unused. Relative paths start at the list's folder.
 import csv
 import io
 import posixpath
+from functools import lru_cache
 from typing import Any, Final
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,9 +19,10 @@ import pyarrow.parquet as pq
 from bt_core import storage
 from bt_core.errors import SourceError, UsageError
 from bt_core.log import logger
+from bt_core.scans.faults import is_filled
 from bt_core.scans.identity import patient_hash
 from bt_core.scans.limits import Limits
-from bt_core.scans.members import ATTRIBUTES, MOST_VALUES, Lister, ScanRef
+from bt_core.scans.members import ATTRIBUTES, MOST_VALUES, NAMED, Lister, ScanRef
 from bt_core.stores import refuse_away
 
 SUFFIXES: Final = (".csv", ".tsv", ".parquet")
@@ -53,29 +55,48 @@ def read_list(lister: Lister, hash_key: bytes | None) -> None:
     """
     source = lister.uri
     folder = posixpath.dirname(source)
+    rooted = lru_cache(maxsize=1024)(_rooted)
     for number, row in enumerate(_rows(source, lister.limits), 1):
         path, label, split, patient, *attributes = (text.strip() for text in row)
-        uri, member = _place(folder, path)
+        uri, member, position = _place(folder, path)
         try:
             storage.refuse_secrets(path if storage.is_uri(path) else storage.join(folder, path))
         except UsageError as error:
             raise SourceError(
                 f"{storage.redact(source)}, row {number} without the header: {error}"
             ) from None
+        if uri.startswith("/"):
+            uri, missing = rooted(uri)
+            member = posixpath.join(missing, member)
         hashed = patient_hash(patient, hash_key)
         scan_id = lister.next_id(path)
-        lister.append(ScanRef(scan_id, uri, member, -1, label, split, hashed, tuple(attributes)))
+        origin = tuple(attributes)
+        lister.append(ScanRef(scan_id, uri, member, position, label, split, hashed, origin))
 
 
-def _place(folder: str, path: str) -> tuple[str, str]:
-    """Return the folder of a path, and the file as that folder's store names it."""
+def _rooted(folder: str) -> tuple[str, str]:
+    """Return the nearest folder that is there, and the path below it of one that may not be.
+
+    So a ref's folder that is missing later is missing on that node.
+    """
+    missing = ""
+    while folder != "/" and not is_filled(folder):
+        folder, name = posixpath.split(folder)
+        missing = posixpath.join(name, missing)
+    return folder, missing
+
+
+def _place(folder: str, path: str) -> tuple[str, str, int]:
+    """Return the folder of a path, the file as that folder's store names it, and its position."""
+    if path.startswith("file:///"):
+        path = unquote(urlsplit(path).path)
     if not storage.is_uri(path):
-        return posixpath.split(path) if path.startswith("/") else (folder, path)
+        return (*posixpath.split(path), -1) if path.startswith("/") else (folder, path, -1)
     plain, mark, query = path.partition("?")
     uri, name = posixpath.split(plain)
     if plain.startswith(("http://", "https://")):  # there the query is part of the file's name
-        return uri, name + mark + query if query else unquote(name)
-    return uri + mark + query, unquote(name)
+        return uri, name + mark + query if query else unquote(name), NAMED
+    return uri + mark + query, unquote(name), NAMED
 
 
 def _rows(source: str, given: Limits) -> list[tuple[str, ...]]:

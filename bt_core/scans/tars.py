@@ -17,6 +17,7 @@ import zstandard
 
 from bt_core import storage
 from bt_core.errors import ScanError, SourceError
+from bt_core.scans.faults import fault_of
 from bt_core.scans.limits import SMALL_BYTES, Limits, limits
 from bt_core.scans.members import (
     CUT,
@@ -29,7 +30,6 @@ from bt_core.scans.members import (
     refuse_archive,
 )
 from bt_core.scans.tar_headers import TarDamage, TarMember, read_header
-from bt_core.stores import refuse_away
 
 _CHUNK_BYTES: Final = 1024**2
 _STREAM_BUFFER_BYTES: Final = 8 * 1024**2
@@ -127,6 +127,7 @@ class StreamedTar:
 
         Raises:
             ScanError: `member_corrupt` or `io_error`, if what follows cannot be read.
+            StoreError: if that is no fault of the archive (`faults.fault_of`).
         """
         given = limits()
         lister = Lister(self._uri, given)
@@ -143,8 +144,7 @@ class StreamedTar:
         except DAMAGE as error:
             raise ScanError("member_corrupt", type(error).__name__) from error
         except (OSError, SourceError) as error:
-            refuse_away(error)
-            raise ScanError("io_error", type(error).__name__) from error
+            raise fault_of(error, self._uri, 0) from error
 
     def read(self, ref: ScanRef) -> bytes:
         """Return one member's content, unpacking all that stand before it: slow.

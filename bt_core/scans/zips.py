@@ -254,7 +254,7 @@ def _explained(uri: str) -> Iterator[None]:
     """Raise SourceError for whatever a damaged directory makes `zipfile` raise."""
     try:
         yield
-    except BtError:
+    except (BtError, OSError):
         raise
     except Exception as error:
         raise SourceError(

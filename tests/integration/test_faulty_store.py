@@ -1,5 +1,8 @@
 """Commands from and to a bucket whose store fails now and then, or for good: the same results."""
 
+import platform
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -70,28 +73,82 @@ def test_scores_from_and_to_a_store_that_fails_are_the_same(store, work):
     assert left == {"manifest.json", "review.csv", "scores"}
 
 
+def said_of(process):
+    """Wait for a command that fails and return its one line."""
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 1, errors
+    assert "Traceback" not in errors
+    [line] = [line for line in errors.splitlines() if line.startswith("error:")]
+    return line
+
+
 @pytest.mark.slow
-def test_a_store_that_stays_away_ends_a_job_in_one_line_and_it_goes_on(store, work, monkeypatch):
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(503, "does not answer: AWS Error"), (400, "refuses node .*: AWS Error .*: give every node")],
+)
+def test_a_store_that_stays_away_ends_a_job_in_one_line_and_it_goes_on(
+    store, work, monkeypatch, status, said
+):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    out = f"{BUCKET}/kept"
+    out = f"{BUCKET}/kept{status}"
     words = ["score", f"{BUCKET}/bundle", f"{BUCKET}/scans.zip", "-o", out]
     command = [sys.executable, "-m", "jobs.score", *words[1:]]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not ScoreWork(out).num_done() and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    with store.disturbed(1.0, 503):
-        errors = first.communicate(timeout=300)[1]
-    assert first.returncode == 1, errors
-    [line] = [line for line in errors.splitlines() if line.startswith("error:")]
-    assert "does not answer: AWS Error" in line
+    with store.disturbed(1.0, status):
+        line = said_of(first)
+    assert re.search(said, line), line
     assert line.endswith("the same command again: it goes on with what is not scored yet")
-    assert "Traceback" not in errors
     assert 0 < ScoreWork(out).num_done() < 1500, "it was away in the middle"
     again = bt_process(*words)
     assert again.returncode == 3, again.stderr
     assert rows(out).equals(rows(str(work / "out")))
     assert storage.read_json(f"{out}/manifest.json")["attempts"] == 2
+
+
+@pytest.mark.slow
+def test_an_archive_that_is_away_ends_a_job_and_fails_no_scan(work, tmp_path):
+    shutil.copy(work / "scans.zip", tmp_path)
+    mount, away, out = tmp_path / "scans.zip", tmp_path / "away.zip", str(tmp_path / "out")
+    words = ["score", work / "bundle", mount, "-o", out]
+    command = [sys.executable, "-m", "jobs.score", *map(str, words[1:])]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not ScoreWork(out).is_begun() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    mount.rename(away)
+    line = said_of(first)
+    assert f"node {platform.node()}: {mount} is not there" in line
+    assert line.endswith("the same command again: it goes on with what is not scored yet")
+    assert ScoreWork(out).num_done() < 1500, "it was away before the end"
+    away.rename(mount)
+    assert bt_process(*words).returncode == 3
+    assert rows(out).equals(rows(str(work / "out")))
+
+
+@pytest.mark.slow
+def test_a_store_that_refuses_ends_bt_prepare_and_no_scan_is_lost(store, tmp_path):
+    write_archive(str(tmp_path / "scans.zip"), num_per_class=100, size_px=96)
+    with zipfile.ZipFile(tmp_path / "scans.zip") as file:
+        for name in file.namelist():
+            storage.write_bytes(f"{BUCKET}/folder/{name}", file.read(name))
+    words = ["prepare", f"{BUCKET}/folder", "-o", str(tmp_path / "data"), "--recipe", "cnn_small"]
+    command = [sys.executable, "-m", "jobs.prepare", *words[1:]]
+    store.counts.clear()
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not store.counts["GET"] and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with store.disturbed(1.0, 403):
+        line = said_of(first)
+    assert f"{BUCKET} refuses node {platform.node()}: AWS Error ACCESS_DENIED" in line
+    assert not (tmp_path / "data").exists()
+    assert bt_process(*words).returncode == 0
+    catalog = storage.read_table(str(tmp_path / "data" / "catalog.parquet"))
+    assert set(catalog["reason"].to_pylist()) == {""}
 
 
 @pytest.mark.slow

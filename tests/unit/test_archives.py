@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import platform
 import re
 import shutil
 import socket
@@ -16,9 +17,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from bt_core.errors import SourceError, UsageError
+from bt_core.errors import SourceError, StoreError, UsageError
 from bt_core.scans.archives import ScanRef, list_scans, read_member
 from bt_core.scans.limits import Limits, limits
+from bt_core.scans.members import NAMED
 from tests.unit.sources import FILES, contents, make_folder, make_zip, refusal
 
 OTHER_FILES = {
@@ -197,9 +199,42 @@ def test_a_vanished_file_is_an_io_error(folder: str) -> None:
     assert [read_member(ref) for ref in others] == [b"second", b"third"]
 
 
-def test_an_archive_that_is_not_there_is_an_io_error(tmp_path: Path) -> None:
-    ref = ScanRef("0" * 20, str(tmp_path / "gone.zip"), "a.png", 0)
-    assert refusal(ref).reason == "io_error"
+@pytest.mark.parametrize(("name", "position"), [("s.zip", 0), ("s.tar", 0), ("folder", -1)])
+def test_a_source_that_a_node_does_not_see_is_no_fault_of_its_scans(
+    tmp_path: Path, name: str, position: int
+) -> None:
+    mount = tmp_path / "mount"
+    ref = ScanRef("0" * 20, f"{mount}/more/{name}", "JOHN_DOE.png", position)
+    tmp_path.joinpath("other").touch()
+    said = (
+        f"node {platform.node()}: {mount} is not there, or is empty; .*: mount it there, then give"
+    )
+    assert re.match(said, said_of(ref))
+    mount.mkdir()  # as it is where nothing is mounted
+    assert re.match(said, said_of(ref))
+    (mount / "more").mkdir()
+    assert re.match(said.replace("mount is", "mount/more is"), said_of(ref))
+
+
+def said_of(ref: ScanRef) -> str:
+    with pytest.raises(StoreError) as caught:
+        read_member(ref)
+    return str(caught.value)
+
+
+def test_an_archive_that_a_node_may_not_read_is_no_fault_of_its_scans(tmp_path: Path) -> None:
+    (tmp_path / "s.zip").symlink_to("s.zip")  # a loop, which root may not read either
+    assert "s.zip cannot be read (Too many levels" in said_of(
+        ScanRef("0" * 20, f"{tmp_path}/s.zip", "a.png", 0)
+    )
+
+
+def test_a_wrong_setting_of_a_node_is_no_fault_of_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "many")
+    for position in (NAMED, -1, 0):
+        said = said_of(ScanRef("0" * 20, "s3://of-no-client/a", "a.png", position))
+        assert "AWS_MAX_ATTEMPTS=many: give a whole number" in said
+    assert "cannot open foo://a" in said_of(ScanRef("0" * 20, "foo://a", "a.png", -1))
 
 
 @pytest.mark.parametrize("name", ["größe/räume.png", "脳.png", "a b/c'd.png", "x" * 200 + ".png"])

@@ -15,8 +15,9 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from bt_core import storage, stores
-from bt_core.errors import SourceError, UsageError
+from bt_core.errors import SourceError, StoreError, UsageError
 from bt_core.scans.archives import ScanRef, list_scans, read_member, stream_members
+from bt_core.scans.members import NAMED
 from tests.unit.sources import FILES, PACK, contents, make_zip, refusal, tar_bytes
 
 ODD = {"glioma/a b%20#?.png": b"odd", "größe/ä.png": b"umlaut"}
@@ -90,7 +91,24 @@ def test_an_object_that_vanished_is_an_io_error(s3: fs.S3FileSystem) -> None:
     [ref, _] = list_scans("s3://scans/other").refs
     s3.delete_file("scans/other/a.png")
     assert refusal(ref).reason == "io_error"
-    assert refusal(ScanRef("0" * 20, "s3://scans/gone.zip", "a.png", 0)).reason == "io_error"
+    gone = (("scans/gone.zip", 0), ("scans/gone", -1), ("gone/a", -1), ("gone/a", NAMED))
+    for path, position in gone:
+        with pytest.raises(StoreError, match=rf"s3://{path[:4]}.* is not there; ") as caught:
+            read_member(ScanRef("0" * 20, f"s3://{path}", "JOHN_DOE.png", position))
+        assert "DOE" not in str(caught.value)
+
+
+def test_a_row_that_names_no_object_is_an_io_error(s3: fs.S3FileSystem) -> None:
+    paths = [
+        "folder/none.png",
+        "s3://scans/nowhere/a.png",
+        "s3://scans/folder//a.png",
+        "s3://scans",
+    ]
+    put(s3, "scans/list.csv", "\n".join(["path", *paths]).encode())
+    refs = list_scans("s3://scans/list.csv").refs
+    s3.delete_file("scans/list.csv")
+    assert [refusal(ref).reason for ref in refs] == ["io_error"] * 4
 
 
 def test_one_request_brings_many_members(
@@ -127,6 +145,8 @@ class Ranged(Quiet):
     """Serves parts of files, as most servers do."""
 
     def do_GET(self) -> None:
+        if not Path(self.translate_path(self.path)).exists():
+            return self.send_error(404)
         content = Path(self.translate_path(self.path)).read_bytes()
         first, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
         part = content[int(first) : int(last) + 1 if last else None]
@@ -156,6 +176,15 @@ def test_files_and_archives_are_read_over_http(web: str) -> None:
     assert contents(f"{web}/a.zip") == {**FILES, "big.png": bytes(3 * 1024**2)}
     assert contents(f"{web}/a.tar.gz") == FILES
     assert contents(f"{web}/a.png") == {"a.png": b"first"}
+
+
+def test_a_server_that_refuses_is_no_fault_of_a_row(web: str, tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text(f"path\n{web}/a.png\n{web}/none.png\nhttp://127.0.0.1:1/a.png")
+    there, missing, away = list_scans(str(tmp_path / "l.csv")).refs
+    assert read_member(there) == b"first"
+    assert refusal(missing).reason == "io_error"
+    with pytest.raises(StoreError, match=r"http://127.0.0.1:1 cannot be read \(.*same command"):
+        read_member(away)
 
 
 def test_a_missing_file_on_http_is_named(web: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bt_core.data.catalog import label_refs
-from bt_core.errors import SourceError, UsageError
+from bt_core.errors import SourceError, StoreError, UsageError
 from bt_core.scans.archives import list_scans, read_member
 from bt_core.scans.identity import hash_key, keyed_hash
 from tests.conftest import Lines
@@ -184,6 +185,21 @@ def test_a_row_that_cannot_be_read_spares_the_others(folder: Path, path: str, re
     bad, good = list_scans(write_list(folder / "l.csv", columns)).refs
     assert refusal(bad).reason == reason
     assert read_member(good) == b"first"
+
+
+def test_a_row_of_no_file_is_told_from_a_node_without_the_mount(folder: Path) -> None:
+    mount = Path(make_folder(folder.parent / "mount", {"JOHN_DOE/a.png": b"x"}))
+    (folder.parent / "empty").mkdir()
+    paths = [f"{mount}/JOHN_DOE/a.png", f"{mount}/none/b.png", f"{folder.parent}/empty/c.png"]
+    refs = list_scans(write_list(folder / "l.csv", {"path": paths})).refs
+    assert read_member(refs[0]) == b"x"
+    assert [refusal(ref).reason for ref in refs[1:]] == ["io_error"] * 2
+    shutil.rmtree(mount)
+    mount.mkdir()
+    for ref in refs[:2]:
+        with pytest.raises(StoreError, match=f"{mount} is not there, or is empty; .* mount it"):
+            read_member(ref)
+    assert refusal(refs[2]).reason == "io_error"
 
 
 def test_a_list_names_also_what_a_folder_would_skip(folder: Path) -> None:

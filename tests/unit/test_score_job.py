@@ -1,10 +1,14 @@
 """What scoring does without Ray: the manifest, the lock, what goes on, and what is published."""
 
 import csv
+import errno
 import os
+import platform
 import random
+import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -110,6 +114,48 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line():
         raise OSError(28, os.strerror(28))
     with pytest.raises(FileNotFoundError), writing("/out"):
         raise FileNotFoundError("of a source, which is no fault of the folder")
+
+
+TASK = "ray::Write() (pid=7, ip=10.0.0.5)\n  File 'a.py', line 1\n"
+FULL, CLOSED = os.strerror(errno.ENOSPC), os.strerror(errno.EACCES)
+
+
+@pytest.mark.parametrize(
+    ("folder", "error", "said"),
+    [
+        ("/out", PermissionError(13, CLOSED, "/out/a"), f"/out cannot be written ({CLOSED})"),
+        ("/out", OSError(f"{TASK}[Errno 28] {FULL}: '/out/a'"), f"/out cannot be written ({FULL})"),
+        (
+            "/out",
+            OSError(f"{TASK}OSError: Error writing bytes to file. Detail: [errno 28] {FULL}"),
+            f"/out cannot be written ({FULL})",
+        ),
+        (
+            "/out",
+            PermissionError(13, CLOSED, "/shared/bundle/model.safetensors"),
+            f"/shared/bundle/model.safetensors cannot be used on node {platform.node()} ({CLOSED})",
+        ),
+        (
+            "/out",
+            OSError(f"{TASK}OSError: [Errno 28] {FULL}: '/tmp/ray/a'"),
+            f"/tmp/ray/a cannot be used on node 10.0.0.5 ({FULL})",
+        ),
+        (
+            "/out",
+            OSError(f"{TASK}OSError: [Errno 28] {FULL}"),
+            f"/out or {tempfile.gettempdir()} on node 10.0.0.5 cannot be written ({FULL})",
+        ),
+        (
+            "s3://b/out",
+            OSError(28, FULL),
+            f"s3://b/out or {tempfile.gettempdir()} on node {platform.node()} cannot be written",
+        ),
+        ("/out", PermissionError(13, CLOSED, "/outer/a"), "/outer/a cannot be used on node"),
+    ],
+)
+def test_the_file_that_is_full_or_closed_is_the_one_that_is_named(folder, error, said):
+    with pytest.raises(RunError, match=rf"^{re.escape(said)}.*same command"), writing(folder):
+        raise error
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 import os
 import pickle
+import platform
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pytest
@@ -13,7 +16,8 @@ from bt_core.data.stream import is_streamed
 from bt_core.ensemble.ensemble import Ensemble
 from bt_core.errors import StoreError, UsageError
 from bt_core.models.bundle import Bundle
-from bt_core.scans.archives import list_scans, read_member, stream_members
+from bt_core.scans.archives import ScanRef, list_scans, read_member, stream_members
+from bt_core.scans.members import NAMED
 from tests.faulty_store import FaultyStore
 from tests.tiny_bundle import make_bundle
 
@@ -150,6 +154,57 @@ def test_a_store_that_stays_away_is_no_fault_of_a_scan(store, bucket, tmp_path, 
     assert [len(read_member(ref)) for ref in refs] == [300_000, 300_000, 1]
 
 
+@pytest.mark.parametrize("status", [400, 401, 403])
+def test_credentials_that_a_store_refuses_are_no_fault_of_a_scan(store, bucket, tmp_path, status):
+    storage.write_bytes(f"{bucket}/a.zip", zipped(tmp_path / "a.zip", ["JOHN_DOE.png"]))
+    storage.write_bytes(f"{bucket}/folder/JOHN_DOE.png", b"x")
+    refs = list_scans(f"{bucket}/a.zip").refs + list_scans(f"{bucket}/folder").refs
+    refs += [ScanRef("0" * 20, f"{bucket}/new.tar", "JOHN_DOE.png", 0)]
+    refs += [ScanRef("0" * 20, f"{bucket}/JOHN_DOE", "JOHN_DOE.png", NAMED)]
+    asks = [lambda ref=ref: read_member(ref) for ref in refs]
+    asks += [lambda: list_scans(f"{bucket}/folder"), lambda: list_scans(f"{bucket}/l.csv")]
+    with store.disturbed(1.0, status):
+        for ask in asks:
+            with pytest.raises(StoreError, match=r"credentials .*the same command again") as said:
+                ask()
+            assert str(said.value).startswith(f"{bucket} refuses node {platform.node()}: AWS Error")
+            assert "DOE" not in str(said.value)
+    assert [len(read_member(ref)) for ref in refs[:2]] == [300_000, 1]
+
+
+def test_what_a_task_says_of_a_store_is_said_again():
+    task = "ray::run_stage() (pid=7, ip=10.0.0.5)\n"
+    kept = "s3://scans refuses node n7: AWS Error ACCESS_DENIED; give credentials"
+    with pytest.raises(StoreError) as said:
+        stores.refuse_away(RuntimeError(f"{task}bt_core.errors.StoreError: {kept}\nas that says"))
+    assert str(said.value) == kept
+    denied = "in bucket 'scans': AWS Error ACCESS_DENIED during PutObject operation: not to DOE.png"
+    with pytest.raises(StoreError, match=r"^s3://scans refuses node 10.0.0.5: AWS Error") as said:
+        stores.refuse_away(RuntimeError(f"{task}OSError: {denied}"))
+    assert "DOE" not in str(said.value)
+
+
+def test_requests_at_once_wait_for_no_other_to_give_up(store, bucket, monkeypatch):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+    begin = threading.Barrier(8)
+
+    def ask(name):
+        begin.wait()
+        with pytest.raises(OSError, match="HTTP status 503"):
+            storage.read_bytes(f"{bucket}/{name}")
+
+    store.paths.clear()
+    with store.disturbed(1.0, 503), ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, "abcdefgh"))
+    last = next(i for i, path in enumerate(store.paths) if store.paths[:i].count(path) == 2)
+    assert len(set(store.paths[:last])) > 4, "most were asked for before one was given up"
+
+
+def test_a_client_that_travels_is_opened_once_in_a_process(bucket):
+    first, second = (pickle.dumps(storage.filesystem(f"{bucket}{n}/a")[0]) for n in "12")
+    assert pickle.loads(first) is pickle.loads(second) is pickle.loads(first)
+
+
 def test_a_store_that_says_nothing_counts_as_away(store, bucket, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(stores, "_SILENT_SECONDS", 1.0)
@@ -171,7 +226,7 @@ def test_the_error_of_a_store_names_it_and_no_secret(store, monkeypatch):
     assert "s3cret" not in str(said.value)
     assert "\n" not in str(said.value)
     stores.refuse_away(OSError("No space left on device"))
-    stores.refuse_away(OSError("AWS Error ACCESS_DENIED during GetObject operation: no"))
+    stores.refuse_away(OSError("AWS Error NO_SUCH_KEY during GetObject operation: no"))
 
 
 def test_a_store_of_google_that_stays_away_is_told():
