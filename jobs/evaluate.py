@@ -20,7 +20,6 @@ from jobs.command import (
 from jobs.compare import print_comparison
 from jobs.ensemble import build
 from jobs.evaluate_model import ModelEvaluation
-from jobs.score import clear_scores
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -113,6 +112,8 @@ def run(
 
 def _places(models: list[str], out: str, overwrite: bool) -> dict[str, str]:
     """Return each model's name and the folder of its report; make room there or refuse."""
+    from bt_core.workflows.score import clear_scores
+
     names = [os.path.basename(storage.absolute(model)) for model in models]
     if len(set(names)) < len(names):
         raise UsageError(f"two models are named alike ({', '.join(names)}); rename a folder")

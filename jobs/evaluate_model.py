@@ -1,13 +1,14 @@
 """One model on the scans that `bt evaluate` tests: answers, figures, pictures and the report."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bt_core import storage
 from bt_core.errors import DatasetError
 from bt_core.log import logger
+from jobs.command import placed
 from jobs.explain import work_on
-from jobs.score import score_refs
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,9 +37,12 @@ class ModelEvaluation:
         from bt_core.evaluation.pages import refuse_without_clean, write_report
         from bt_core.evaluation.predictions import Scans, join_truth
         from bt_core.evaluation.report import evaluate
+        from bt_core.workflows.score import score_refs
 
         refs = self.truth.select(list(REF_COLUMNS))
-        scores = score_refs(self.bundle, refs, self.out, self.device, in_depth=True)
+        scores = score_refs(
+            self.bundle, refs, self.out, partial(placed, device=self.device), in_depth=True
+        )
         _refuse_changed_source(self.truth, scores)
         predictions = with_embedding(join_truth(scores, self.truth))
         storage.remove_dir(storage.join(self.out, "scores"))  # predictions.parquet has them all

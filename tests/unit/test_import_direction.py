@@ -29,6 +29,8 @@ ALLOWED = {
     "training": FOUNDATIONS | {"config", "scans", "models", "data", "telemetry"},
     "evaluation": FOUNDATIONS
     | {"config", "scans", "models", "inference", "ensemble", "data", "training"},
+    "workflows": FOUNDATIONS
+    | {"config", "scans", "models", "inference", "ensemble", "data", "training", "evaluation"},
 }
 TOP_LEVEL = {"bt_core": set(), "cluster": {"bt_core"}, "jobs": {"bt_core", "cluster", "serve"}}
 TOP_LEVEL["serve"] = {"bt_core", "cluster"}

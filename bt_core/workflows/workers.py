@@ -1,0 +1,12 @@
+"""What a caller provides: Ray while it is needed, and actors that there is room for."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from bt_core.models.bundle import Bundle
+from bt_core.scans.preprocess import PreprocessSpec
+
+Workers = tuple[tuple[PreprocessSpec, ...], str, tuple[int, float, float]]
+"""A bundle's distinct preprocessing specs, the device, and number, CPUs and GPUs of actors."""
+Place = Callable[[Bundle], AbstractContextManager[Workers]]
+"""Starts or joins Ray for work with a bundle, while the block runs."""
