@@ -18,7 +18,6 @@ from jobs.command import (
     output_folder,
 )
 from jobs.compare import print_comparison
-from jobs.ensemble import build
 from jobs.evaluate_model import ModelEvaluation
 
 if TYPE_CHECKING:
@@ -135,6 +134,8 @@ def _bundle(model: str, out: str, data: str | None) -> "Bundle":
     from bt_core.data.catalog import Dataset
     from bt_core.models.bundle import Bundle
     from bt_core.models.run import Run
+    from bt_core.workflows.ensemble import build
+    from cluster.session import session
 
     if not storage.exists(storage.join(model, "run.json")):
         bundle = Bundle(model)
@@ -145,7 +146,7 @@ def _bundle(model: str, out: str, data: str | None) -> "Bundle":
     storage.remove_dir(place)
     run = Run(model)
     is_own = data is not None and Dataset(data).info.digest == run.info.dataset_digest
-    build(place, [run], data=data if is_own else None)
+    build(place, [run], session, data=data if is_own else None)
     return Bundle(place)
 
 

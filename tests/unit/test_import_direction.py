@@ -50,6 +50,7 @@ ONLY_IN = {
         "bt_core/training/launch.py",
         "bt_core/training/process_group.py",
         "bt_core/training/search.py",
+        "bt_core/workflows/ensemble.py",
         "cluster/",
         "jobs/",
         "serve/",
