@@ -93,6 +93,17 @@ def test_imports_go_one_way(path):
     assert faults_of(path) == []
 
 
+def test_no_command_imports_another():
+    jobs = imported_modules(ROOT / "jobs" / "cli.py")
+    commands = {m for m in jobs if m.startswith("jobs.")} - {"jobs.command", "jobs.command.command"}
+    assert {"jobs.score", "jobs.evaluate", "jobs.demo"} <= commands
+    for module in sorted(commands):
+        name = module.removeprefix("jobs.")
+        if name != "demo" and not name.startswith("bench"):  # they run the others
+            found = imported_modules(ROOT / "jobs" / f"{name}.py") & commands
+            assert not found, f"jobs/{name}.py imports {', '.join(sorted(found))}"
+
+
 def test_every_part_of_the_library_has_a_rule():
     parts = {p.name.removesuffix(".py") for p in (ROOT / "bt_core").iterdir()}
     assert parts - {"__init__", "__pycache__"} == set(ALLOWED)
