@@ -1,7 +1,7 @@
 """`bt compare`: reports of several bundles on one dataset, side by side."""
 
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,7 +25,7 @@ def run(
 
     `--require difference.accuracy.low>=-0.01` holds the first against the second.
     """
-    from bt_core.evaluation.comparison import compare
+    from bt_core.evaluation.comparison import compare, comparison_lines
     from bt_core.evaluation.gate import Requirement
     from bt_core.evaluation.pages import read_report
     from bt_core.evaluation.predictions import Scans
@@ -44,36 +44,10 @@ def run(
     models = {name: Scans.of(predictions, space) for name, (predictions, *_) in read.items()}
     found = compare(models, space)
     found["difference"] = found["pairs"][0]["difference"]
-    print_comparison(found)
+    print(*comparison_lines(found), sep="\n")
     if out is not None:
         storage.write_json(storage.absolute(out), found)
     return EXIT_OK if all_met(requirements, found) else EXIT_FAILED
-
-
-def print_comparison(found: dict[str, Any]) -> None:
-    """Print what `comparison.compare` found: ranks with ties, and each pair's difference."""
-    from bt_core.evaluation.intervals import interval_text
-
-    print(f"{found['num_scans']} test scans ({found['num_families']} families), none trained on")
-    several = sum(model["tied"] for model in found["models"].values()) > 1
-    ranked = sorted(
-        found["models"].items(), key=lambda item: (item[1]["rank"], -item[1]["accuracy"]["value"])
-    )
-    for name, model in ranked:
-        mark = "=" if model["tied"] and several else " "
-        missed = interval_text(model["missed_tumor_rate"])
-        print(
-            f"{mark}{model['rank']}  {name}  accuracy {interval_text(model['accuracy'])}, "
-            f"macro F1 {interval_text(model['macro_f1'])}, missed tumours {missed}"
-        )
-    for pair in found["pairs"]:
-        first, second = pair["models"]
-        print(
-            f"{first} - {second}: accuracy {interval_text(pair['difference']['accuracy'], '+')}, "
-            f"p {pair['p_value']:.2g}"
-        )
-    if several:
-        print("= tied: not told apart from the best by a permutation of families (Holm, 0.05)")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """`bt optimise`: each member of a bundle gets the fastest runtime that answers as it should."""
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 
 from bt_core import storage
-from bt_core.errors import EXIT_OK, BundleError, UsageError
-from bt_core.log import logger
+from bt_core.errors import EXIT_OK, UsageError
 from jobs.command import (
     BundleArgument,
     DataOption,
@@ -16,16 +14,6 @@ from jobs.command import (
     make_room,
     refuse_taken,
 )
-
-if TYPE_CHECKING:
-    from bt_core.data.catalog import Dataset
-    from bt_core.inference.fidelity import Limits
-    from bt_core.inference.optimise import Choice, Scans
-    from bt_core.models.bundle import Bundle, BundleInfo
-    from bt_core.scans.preprocess import PreprocessSpec
-
-_MAX_RANGES: Final = 300
-"""Training scans that int8 takes its ranges from; NNCF's own default."""
 
 
 def run(
@@ -63,8 +51,6 @@ def run(
     Candidates are measured on one thread, and compared with PyTorch in float32 on the dataset's
     validation scans. Calibration and review stay.
     """
-    import torch
-
     from bt_core.data.catalog import Dataset
     from bt_core.inference.fidelity import Limits
     from bt_core.inference.optimise import CANDIDATES
@@ -74,154 +60,33 @@ def run(
     if unknown:
         raise UsageError(f"--only {unknown[0]}: use compiled or openvino")
     out = storage.absolute(out)
-    opened, dataset = Bundle(bundle), Dataset(data)
-    _check(opened, dataset, out, overwrite)
+    opened, dataset = Bundle(bundle), Dataset(data)  # answered before Ray is imported
+    from bt_core.workflows.optimise import (
+        choose_runtimes,
+        read_scans,
+        refuse_unfit,
+        with_choices,
+        write_optimised,
+    )
+    from cluster.session import session
+
+    refuse_unfit(opened, dataset, out)
+    refuse_taken(out, "bundle.json", "a bundle", overwrite)
     limits = Limits(max_flips=max_flips, max_change=max_change, min_scans=min_scans)
     kinds = [one for one in CANDIDATES if not only or one[0] in only]
-    pixels = _read_scans(opened, dataset, scans)
-    torch.set_num_threads(1)
-    choices = _choose(opened, pixels, limits, kinds, batch_size)
-    num_scans = len(next(iter(pixels.values())).compared_NSS)
-    info = write_optimised(out, opened, choices, limits, num_scans, overwrite)
-    for line in table(info.provenance["runtimes"]):
+    pixels = read_scans(opened, dataset, scans, session)
+    choices = choose_runtimes(opened, pixels, limits, kinds, batch_size)
+    info = with_choices(opened, choices, limits)
+    if overwrite:
+        make_room(out, "bundle.json", "a bundle")
+    info = write_optimised(out, opened, info, choices)
+    for line in _table(info.provenance["runtimes"]):
         print(line)
     print(f"bundle {info.bundle_id} in {out}")
     return EXIT_OK
 
 
-def _check(bundle: "Bundle", dataset: "Dataset", out: str, overwrite: bool) -> None:
-    """Refuse what would be wrong at the end, before hours of measuring."""
-    if bundle.unusable:
-        raise BundleError(" ".join(bundle.unusable.values()))
-    if bundle.info.provenance.get("dataset_digest") != dataset.info.digest:
-        raise UsageError(
-            f"{dataset.location} is not the dataset that bundle {bundle.info.bundle_id} was made "
-            "with (the digests differ), so its validation scans may have been trained on: give "
-            "--data the folder that its runs had"
-        )
-    if out == bundle.location:
-        raise UsageError(f"-o {out} is the bundle itself; choose a folder beside it")
-    refuse_taken(out, "bundle.json", "a bundle", overwrite)
-
-
-def _read_scans(bundle: "Bundle", dataset: "Dataset", most: int) -> "dict[str, Scans]":
-    """Return the pixels of each distinct preprocessing spec by its digest.
-
-    Ray runs only to make a view that is not there, and not while rates are measured.
-    """
-    from bt_core.data.views import ensure_view, find_view, read_pixels
-    from bt_core.inference.optimise import Scans
-    from cluster.session import session
-
-    specs: dict[str, PreprocessSpec] = {
-        m.preprocess.pixel_digest: m.preprocess for m in bundle.info.members
-    }
-    missing = [spec for spec in specs.values() if not find_view(dataset, spec)[1]]
-    if missing:
-        with session():
-            for spec in missing:
-                ensure_view(dataset, spec)
-    found = {}
-    for digest, spec in specs.items():
-        view = find_view(dataset, spec)[0]
-        found[digest] = Scans(
-            read_pixels(view, "validation", most)[1], read_pixels(view, "train", _MAX_RANGES)[1]
-        )
-    return found
-
-
-def _choose(
-    bundle: "Bundle",
-    pixels: "dict[str, Scans]",
-    limits: "Limits",
-    kinds: list[tuple[str, str]],
-    batch_size: int,
-) -> "dict[str, Choice]":
-    """Measure the members one after another: two at a time would slow one another."""
-    from bt_core.inference.optimise import choose_runtime
-    from bt_core.models.inputs import Preprocessor
-
-    choices = {}
-    for member in bundle.info.members:
-        logger.info("measuring %s (%s)", member.name, member.model.backbone)
-        choices[member.name] = choose_runtime(
-            bundle.load_member(member),
-            Preprocessor(member.preprocess),
-            member.temperature,
-            pixels[member.preprocess.pixel_digest],
-            limits,
-            kinds,
-            batch_size,
-        )
-    return choices
-
-
-def write_optimised(
-    out: str,
-    bundle: "Bundle",
-    choices: "dict[str, Choice]",
-    limits: "Limits",
-    num_scans: int,
-    overwrite: bool,
-) -> "BundleInfo":
-    """Write the bundle anew with the chosen runtimes, and all that was measured."""
-    from bt_core.evaluation.model_card import model_card
-    from bt_core.inference.optimise import host, name_of
-    from bt_core.models.bundle_writer import rewrite_bundle
-
-    measured = {
-        **host(),
-        "split": "validation",
-        "num_scans": num_scans,
-        **limits.model_dump(),
-        "members": {n: [asdict(m) for m in c.measured] for n, c in choices.items()},
-        "chosen": {n: name_of(c.runtime) for n, c in choices.items()},
-        "ensemble": _of_ensemble(bundle, choices),
-        "bundle_id": bundle.info.bundle_id,
-    }
-    members = tuple(
-        m.model_copy(update={"runtime": choices[m.name].runtime}) for m in bundle.info.members
-    )
-    provenance = {**bundle.info.provenance, "runtimes": measured}
-    info = bundle.info.model_copy(update={"members": members, "provenance": provenance})
-    exports = {
-        f"members/{member}/{name}": content
-        for member, choice in choices.items()
-        for name, content in choice.files.items()
-    }
-    if overwrite:
-        make_room(out, "bundle.json", "a bundle")
-    return rewrite_bundle(out, bundle, info, exports, model_card(info))
-
-
-def _of_ensemble(bundle: "Bundle", choices: "dict[str, Choice]") -> dict[str, float]:
-    """Return how far the ensemble's answers are from those of all members' references."""
-    import numpy as np
-
-    from bt_core.ensemble.calibration import calibration_of
-    from bt_core.ensemble.review import decide
-    from bt_core.inference.fidelity import flip_bound
-
-    info = bundle.info
-    names = [member.name for member in info.members]
-    calibration = calibration_of(info, names)
-    chosen_NK, reference_NK = (
-        calibration.probs(np.stack([getattr(choices[name], which) for name in names]))
-        for which in ("logits_NK", "reference_NK")
-    )
-    chosen, reference = (
-        decide(probs_NK, info.review, info.label_space) for probs_NK in (chosen_NK, reference_NK)
-    )
-    flips_N = chosen.label_N != reference.label_N
-    return {
-        "label_flips": float(flips_N.mean()),
-        "label_flips_below": flip_bound(int(flips_N.sum()), len(flips_N)),
-        "decision_flips": float((flips_N | (chosen.sure_N != reference.sure_N)).mean()),
-        "max_change": float(np.abs(chosen_NK - reference_NK).max()),
-    }
-
-
-def table(runtimes: dict[str, Any]) -> list[str]:
+def _table(runtimes: dict[str, Any]) -> list[str]:
     """Return the lines that are printed of `provenance["runtimes"]`."""
     lines = [
         f"{runtimes['num_scans']} validation scans, images per second of CPU time on "

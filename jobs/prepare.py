@@ -17,8 +17,6 @@ from jobs.command import (
 from jobs.recipes_folder import RECIPES
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from bt_core.data.catalog import DatasetInfo
 
 
@@ -73,46 +71,22 @@ def run(
     _refuse_occupied(out, overwrite)
     key, key_is_kept = hash_key()
     listing = list_scans(source, key)  # a wrong path is answered before Ray is imported
-    from bt_core.data import copies
-    from bt_core.data.catalog import Dataset, describe, label_refs
-    from bt_core.data.families import FamilyStage
-    from bt_core.data.pipeline import survey
-    from bt_core.data.splits import SplitPlan, assign_splits
-    from bt_core.data.views import ensure_view
+    from bt_core.data.prepare import PrepareOptions, prepare
+    from bt_core.data.splits import SplitPlan
     from bt_core.training.recipe import load_recipe
     from cluster.session import session
 
-    plan = SplitPlan(by=split, seed=seed)
+    options = PrepareOptions(SplitPlan(by=split, seed=seed), task, resolve, keep_splits)
     specs = [load_recipe(name, RECIPES).preprocess for name in recipe or ["mobilenetv2"]]
-    refs, space = label_refs(listing.refs, task)
-    decisions = copies.read_docket(resolve, space) if resolve else {}
-    previous = Dataset(keep_splits).split_of_pixels() if keep_splits else None
-    if not resolve and copies.has_decisions(storage.join(out, "docket.csv")):
-        raise UsageError(
-            f"{out}/docket.csv holds decisions; pass it with --resolve, or choose another -o"
-        )
-    with session():
-        catalog, pairs = survey(refs, FamilyStage(key))
-        catalog = copies.add_families(catalog, pairs)
-        docket = copies.docket_csv(catalog, copies.find_conflicts(catalog, pairs), decisions)
-        catalog = copies.resolve(catalog, decisions)
-        conflicts = copies.find_conflicts(catalog, pairs)
-        catalog = assign_splits(copies.leave_out_conflicts(catalog, conflicts), plan, previous)
-        info = describe(catalog, storage.absolute(source), space, listing.skipped, plan)
-        _clear(out)  # not before all is known: what goes wrong earlier costs no dataset
-        storage.write_table(storage.join(out, "catalog.parquet"), catalog)
-        storage.write_bytes(storage.join(out, "docket.csv"), docket)
-        storage.write_table(storage.join(out, "copies.parquet"), copies.pairs_table(catalog, pairs))
-        for spec in specs:
-            ensure_view(Dataset(out, info), spec)
-        storage.write_json(storage.join(out, "dataset.json"), info.model_dump(mode="json"))
+    done = prepare(source, listing, key, specs, out, options, session)
+    info = done.info
     _print_summary(info)
-    if previous is not None:
-        _print_kept(catalog, previous, f"{keep_splits}")
-    say_if_random(key_is_kept, catalog["patient"])
-    if conflicts:
+    if keep_splits:
+        print(f"kept       {done.num_kept:>7} scans of {keep_splits}; {done.num_new} are new")
+    say_if_random(key_is_kept, done.catalog["patient"])
+    if done.num_conflicts:
         docket_at = storage.join(out, "docket.csv")
-        print(f"label conflicts open: {len(conflicts)}; fill in {docket_at} and pass --resolve")
+        print(f"label conflicts open: {done.num_conflicts}; fill in {docket_at} and pass --resolve")
     print(f"dataset in {out}")
     undecided = info.num_left_out.keys() - {"dropped"}  # a person's word leaves nothing open
     return EXIT_INCOMPLETE if undecided or not listing.is_whole else EXIT_OK
@@ -134,13 +108,6 @@ def _print_summary(info: "DatasetInfo") -> None:
         print(f"skipped    {count:>7} files  ({why})")
 
 
-def _print_kept(catalog: "pa.Table", previous: dict[str, str], earlier: str) -> None:
-    columns = catalog.select(["pixel_sha256", "split"]).to_pydict()
-    usable = [d for d, s in zip(columns["pixel_sha256"], columns["split"], strict=True) if s]
-    num_kept = sum(digest in previous for digest in usable)
-    print(f"kept       {num_kept:>7} scans of {earlier}; {len(usable) - num_kept} are new")
-
-
 def _refuse_occupied(out: str, overwrite: bool) -> None:
     """Refuse a folder that holds a dataset, unless it may be replaced, or foreign views."""
     if storage.exists(storage.join(out, "dataset.json")):
@@ -150,14 +117,6 @@ def _refuse_occupied(out: str, overwrite: bool) -> None:
         storage.join(out, "catalog.parquet")
     ):
         raise UsageError(f"{out} holds a folder `views` that is not ours; choose another -o")
-
-
-def _clear(out: str) -> None:
-    """Make room for the new dataset."""
-    marker = storage.join(out, "dataset.json")
-    if storage.exists(marker):
-        storage.remove_file(marker)
-    storage.remove_dir(storage.join(out, "views"))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@ import os
 import signal
 import threading
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Annotated, Final
-
-import typer
+from typing import TYPE_CHECKING, Any, Final
 
 from bt_core import storage
 from bt_core.errors import EXIT_OK, UsageError
+from jobs import serve_options
 from jobs.command import BundleArgument, DeviceOption
 
 if TYPE_CHECKING:
@@ -23,97 +22,24 @@ _AGENT_PORT: Final = 52365
 
 def run(
     bundle: BundleArgument,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="To listen on.")] = 8000,
-    host: Annotated[
-        str,
-        typer.Option(
-            metavar="ADDRESS",
-            help="To listen on; others than this machine's need "
-            "--keys and --audit, and a TLS proxy in front.",
-        ),
-    ] = "127.0.0.1",
-    keys: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Who may ask; bt keys add makes it.")
-    ] = None,
-    audit: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder for the log of who asked for what.")
-    ] = None,
-    scans_per_minute: Annotated[
-        int, typer.Option(min=0, help="Most that one key may send; 0: any number.")
-    ] = 0,
+    port: serve_options.Port = 8000,
+    host: serve_options.Host = "127.0.0.1",
+    keys: serve_options.Keys = None,
+    audit: serve_options.Audit = None,
+    scans_per_minute: serve_options.ScansPerMinute = 0,
     device: DeviceOption = "auto",
-    shadow: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BUNDLE",
-            help="Another bundle that answers a share of the scans, too; where it disagrees is "
-            "logged, and told to no client.",
-        ),
-    ] = None,
-    shadow_share: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0001, max=1.0, help="Of the scans that the shadow gets. [default: 0.05]"
-        ),
-    ] = None,
-    swap: Annotated[
-        bool,
-        typer.Option(
-            "--swap",
-            help="Let this bundle answer in place of the one that a bt serve on the cluster of "
-            "RAY_ADDRESS hosts, without a request that fails. If it cannot be loaded, nothing "
-            "changes.",
-        ),
-    ] = False,
-    scoring_sources: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--scoring-source",
-            metavar="PREFIX",
-            help="Folder or URI from which POST /v1/scoring-jobs may read. May be repeated.",
-        ),
-    ] = None,
-    scoring_outputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--scoring-output",
-            metavar="PREFIX",
-            help="Folder or URI below which these jobs may write. May be repeated.",
-        ),
-    ] = None,
-    with_haproxy: Annotated[
-        bool,
-        typer.Option(
-            "--haproxy",
-            help="Let HAProxy listen in place of Serve's own proxy, which takes a third of the "
-            "time. It opens two ports, with its counts, to everybody who reaches this machine: "
-            "for one behind a firewall.",
-        ),
-    ] = False,
-    traces: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="Send a trace of each request to an OpenTelemetry collector, as in "
-            "http://127.0.0.1:4318: times only, nothing of a scan.",
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Any setting of cluster/serve_config.yaml's, as in --set num_replicas=2.",
-        ),
-    ] = None,
+    shadow: serve_options.Shadow = None,
+    shadow_share: serve_options.ShadowShare = None,
+    swap: serve_options.Swap = False,
+    scoring_sources: serve_options.ScoringSources = None,
+    scoring_outputs: serve_options.ScoringOutputs = None,
+    with_haproxy: serve_options.WithHaproxy = False,
+    traces: serve_options.Traces = None,
+    overrides: serve_options.Overrides = None,
 ) -> int:
     """Host a bundle with Ray Serve until Ctrl-C: POST /v1/predictions, docs under /docs."""
-    from bt_core.config import apply_overrides, parse
     from bt_core.models.bundle import Bundle
-    from serve.access import check_exposure
     from serve.front import haproxy
-    from serve.keys import read_keys
-    from serve.settings import ServeSettings
 
     opened = Bundle(bundle)
     if swap:
@@ -132,20 +58,42 @@ def run(
         "scoring_sources": tuple(map(storage.absolute, scoring_sources or ())),
         "scoring_outputs": tuple(map(storage.absolute, scoring_outputs or ())),
     }
+    _check_traces(traces)
+    settings = _settings(given, overrides or [])
+    _check_place(settings, host, port)
+    beside = Bundle(shadow).location if shadow else None
+    with haproxy(host) if with_haproxy else nullcontext():
+        return _serve(settings, (host, port), device, beside, shadow_share or 0.05, traces)
+
+
+def _check_traces(traces: str | None) -> None:
     if traces and not traces.startswith(("http://", "https://")):
         raise UsageError(f"--traces {traces}: write it as http://HOST:4318")
     storage.refuse_secrets(traces or "")
-    _refuse_own_options(overrides or [], {*given, "device"})
-    settings = parse(ServeSettings, apply_overrides(given, overrides or []), "bt serve")
+
+
+def _settings(given: dict[str, Any], overrides: list[str]) -> "ServeSettings":
+    from bt_core.config import apply_overrides, parse
+    from serve.settings import ServeSettings
+
+    named = {*given, "device"}
+    for override in overrides:
+        if (key := override.partition("=")[0]) in named:
+            raise UsageError(f"--set {key}: it has an option or argument of its own, see --help")
+    return parse(ServeSettings, apply_overrides(given, overrides), "bt serve")
+
+
+def _check_place(settings: "ServeSettings", host: str, port: int) -> None:
+    """Raise UsageError where nobody may be answered, or the ports are not to be had."""
+    from serve.access import check_exposure
+    from serve.keys import read_keys
+
     if settings.keys is not None:
         read_keys(settings.keys)
     check_exposure(host, settings)
     _check_port(host, port)
     if settings.scoring_sources and "RAY_ADDRESS" not in os.environ:
         _check_agent_port()
-    beside = Bundle(shadow).location if shadow else None
-    with haproxy(host) if with_haproxy else nullcontext():
-        return _serve(settings, (host, port), device, beside, shadow_share or 0.05, traces)
 
 
 def _check_agent_port() -> None:
@@ -158,12 +106,6 @@ def _check_agent_port() -> None:
                 f"scoring jobs need port {_AGENT_PORT}, which something holds, perhaps another "
                 "Ray of this machine: end it, or leave --scoring-source and --scoring-output out"
             )
-
-
-def _refuse_own_options(overrides: list[str], named: set[str]) -> None:
-    for override in overrides:
-        if (key := override.partition("=")[0]) in named:
-            raise UsageError(f"--set {key}: it has an option or argument of its own, see --help")
 
 
 def _serve(

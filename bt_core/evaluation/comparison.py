@@ -18,7 +18,14 @@ from scipy.stats import t as student
 
 from bt_core.data.explore import ALPHA
 from bt_core.errors import UsageError
-from bt_core.evaluation.intervals import DEFINED, FEWEST, LEVEL, draw_families, estimate
+from bt_core.evaluation.intervals import (
+    DEFINED,
+    FEWEST,
+    LEVEL,
+    draw_families,
+    estimate,
+    interval_text,
+)
 from bt_core.evaluation.metrics import figures_of
 from bt_core.evaluation.predictions import Scans
 from bt_core.labels import LabelSpace
@@ -169,6 +176,31 @@ def _differences(
             low, high = float(value) - half, float(value) + half
         found[name] = {"value": None if np.isnan(value) else float(value), "low": low, "high": high}
     return found
+
+
+def comparison_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return what is printed of a comparison: ranks with ties, and each pair's difference."""
+    lines = [f"{found['num_scans']} test scans ({found['num_families']} families), none trained on"]
+    several = sum(model["tied"] for model in found["models"].values()) > 1
+    ranked = sorted(
+        found["models"].items(), key=lambda item: (item[1]["rank"], -item[1]["accuracy"]["value"])
+    )
+    for name, model in ranked:
+        mark = "=" if model["tied"] and several else " "
+        missed = interval_text(model["missed_tumor_rate"])
+        lines.append(
+            f"{mark}{model['rank']}  {name}  accuracy {interval_text(model['accuracy'])}, "
+            f"macro F1 {interval_text(model['macro_f1'])}, missed tumours {missed}"
+        )
+    for pair in found["pairs"]:
+        first, second = pair["models"]
+        lines.append(
+            f"{first} - {second}: accuracy {interval_text(pair['difference']['accuracy'], '+')}, "
+            f"p {pair['p_value']:.2g}"
+        )
+    if several:
+        lines += ["= tied: not told apart from the best by a permutation of families (Holm, 0.05)"]
+    return lines
 
 
 def _aligned(models: Mapping[str, Scans]) -> dict[str, Scans]:
