@@ -12,7 +12,9 @@ import ray
 from bt_core import stores
 from bt_core.errors import UsageError
 from bt_core.log import RUN_ID, logger, run_id
+from bt_core.models.bundle import Bundle
 from bt_core.scans import limits
+from bt_core.scans.preprocess import PreprocessSpec
 from cluster.pins import unlike_the_lock
 from cluster.submit import SCORING_JOB
 from cluster.token import TOKEN_FILE
@@ -166,6 +168,23 @@ def choose_device(device: str, resources: Resources) -> str:
     if device == "cuda" and resources.num_gpus < 1:
         raise UsageError("--device cuda needs 1 GPU; the cluster has 0: use --device cpu")
     return device
+
+
+@contextmanager
+def placed(
+    bundle: Bundle, device: str
+) -> Iterator[tuple[tuple[PreprocessSpec, ...], str, tuple[int, float, float]]]:
+    """Start or join Ray for work with a bundle, while the block runs.
+
+    Yields:
+        The bundle's distinct preprocessing specs, the device, and number, CPUs and GPUs of actors.
+    """
+    from bt_core.inference.predictor import needed_specs
+
+    specs, _ = needed_specs(bundle.info)
+    with session() as resources:
+        chosen = choose_device(device, resources)
+        yield specs, chosen, resources.scorers(chosen)
 
 
 def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] | None) -> None:

@@ -2,14 +2,9 @@
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
-from jobs.command import (
-    OutOption,
-    OverwriteOption,
-    SourceArgument,
-    TaskOption,
-    output_folder,
-    say_if_random,
-)
+from jobs.command import say_if_random
+from jobs.options import OutOption, OverwriteOption, SourceArgument, TaskOption
+from jobs.output_folders import output_folder
 
 
 def run(

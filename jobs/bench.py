@@ -13,7 +13,7 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_OK
-from jobs.command import DataOption
+from jobs.options import DataOption
 from jobs.recipes_folder import RECIPES
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one last line of JSON.")]

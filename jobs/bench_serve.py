@@ -21,7 +21,7 @@ import typer
 from bt_core import storage
 from bt_core.errors import EXIT_OK, RunError, UsageError
 from jobs.bench import JsonOption
-from jobs.command import BundleArgument
+from jobs.options import BundleArgument
 
 _PEERS: Final = ("fastapi", "litserve", "bentoml")
 _START_SECONDS: Final = 300.0

@@ -3,12 +3,10 @@
 import functools
 import inspect
 import logging
-import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -21,52 +19,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from bt_core.evaluation.gate import Requirement
-    from bt_core.models.bundle import Bundle
-    from bt_core.scans.preprocess import PreprocessSpec
-
-SourceArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SOURCE",
-        help="Folder, archive (zip, tar, tar.gz, tar.zst), list (CSV or Parquet with a column "
-        "`path`) or single scan; path or URI.",
-    ),
-]
-BundleArgument = Annotated[
-    str, typer.Argument(metavar="BUNDLE", help="Bundle folder that bt ensemble wrote; path or URI.")
-]
-DataOption = Annotated[
-    str, typer.Option("--data", metavar="DIR", help="Dataset folder that bt prepare wrote.")
-]
-OutOption = Annotated[
-    str, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to; path or URI.")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what an earlier run left in the output folder.")
-]
-DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto takes GPUs if there are any.")
-]
-
-RequireOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--require",
-        metavar="FIGURE>=NUMBER",
-        help="Exit with 1 if a figure misses this, as in clean.macro_f1>=0.95. May be repeated.",
-    ),
-]
-PrevalenceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--prevalence",
-        metavar="CLASS=SHARE,...",
-        help="Shares of the classes where it will be used; adds predictive values there.",
-    ),
-]
-TaskOption = Annotated[
-    str | None, typer.Option("--task", help="four_class or binary. [default: what the folders say]")
-]
 
 _LOCATIONS: Final = frozenset(
     {
@@ -161,45 +113,6 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
     return wrapped
 
 
-@contextmanager
-def placed(
-    bundle: "Bundle", device: str
-) -> "Iterator[tuple[tuple[PreprocessSpec, ...], str, tuple[int, float, float]]]":
-    """Start or join Ray for work with a bundle, while the block runs.
-
-    Yields:
-        The bundle's distinct preprocessing specs, the device, and number, CPUs and GPUs of actors.
-    """
-    from bt_core.inference.predictor import needed_specs
-    from cluster.session import choose_device, session
-
-    specs, _ = needed_specs(bundle.info)
-    with session() as resources:
-        chosen = choose_device(device, resources)
-        yield specs, chosen, resources.scorers(chosen)
-
-
-def output_folder(out: str, source: str) -> str:
-    """Return the output folder as an absolute location.
-
-    Raises:
-        UsageError: if it is a file, or is or lies in the source, where results would be taken for
-            scans the next time.
-    """
-    if not source.strip():
-        raise UsageError("SOURCE is empty; give a folder, an archive, a list or a scan file")
-    out, source = storage.absolute(out), storage.absolute(source)
-    if not storage.is_uri(out) and not storage.is_uri(source):
-        below = f"{os.path.realpath(out)}/".startswith(f"{os.path.realpath(source).rstrip('/')}/")
-    else:
-        below = f"{out.rstrip('/')}/".startswith(f"{source.rstrip('/')}/")
-    if below:
-        raise UsageError(f"-o {out} is or lies in the source; choose a folder beside it")
-    if storage.is_file(out):
-        raise UsageError(f"-o {out} is a file; choose a folder")
-    return out
-
-
 def class_shares(text: str, names: tuple[str, ...]) -> dict[str, float]:
     """Return the share of each class from `CLASS=SHARE,...`.
 
@@ -229,31 +142,6 @@ def all_met(requirements: "Sequence[Requirement]", figures: dict[str, Any]) -> b
     for _, line in checked:
         print(line)
     return all(met for met, _ in checked)
-
-
-def refuse_taken(out: str, marker: str, what: str, overwrite: bool) -> None:
-    """Refuse an output folder that holds something that is not to be replaced.
-
-    Raises:
-        UsageError: if it is there and not to be overwritten, or does not hold the file `marker`,
-            and so is not `what` it should be.
-    """
-    if not storage.exists(out):
-        return
-    if not overwrite:
-        raise UsageError(f"{out} exists; choose another -o, or pass --overwrite")
-    if not storage.exists(storage.join(out, marker)):
-        raise UsageError(f"{out} is not {what}, so it is not overwritten; choose another -o")
-
-
-def make_room(out: str, marker: str, what: str) -> None:
-    """Remove an output folder that is to be overwritten.
-
-    Raises:
-        UsageError: if it does not hold the file `marker`, and so is not `what` it should be.
-    """
-    refuse_taken(out, marker, what, overwrite=True)
-    storage.remove_dir(out)
 
 
 def say_if_random(key_is_kept: bool, patients: "pa.ChunkedArray") -> None:

@@ -7,7 +7,8 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_FAILED, EXIT_OK, UsageError
-from jobs.command import RequireOption, all_met
+from jobs.command import all_met
+from jobs.options import RequireOption
 
 
 def run(

@@ -6,7 +6,8 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_OK
-from jobs.command import OutOption, OverwriteOption, refuse_taken
+from jobs.options import OutOption, OverwriteOption
+from jobs.output_folders import refuse_taken
 
 if TYPE_CHECKING:
     from bt_core.models.bundle import BundleInfo

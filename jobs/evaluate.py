@@ -7,17 +7,9 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, UsageError
-from jobs.command import (
-    DeviceOption,
-    OutOption,
-    OverwriteOption,
-    PrevalenceOption,
-    RequireOption,
-    all_met,
-    class_shares,
-    output_folder,
-    placed,
-)
+from jobs.command import all_met, class_shares
+from jobs.options import DeviceOption, OutOption, OverwriteOption, PrevalenceOption, RequireOption
+from jobs.output_folders import output_folder
 
 if TYPE_CHECKING:
     from bt_core.evaluation.evaluated import EvaluatedScans
@@ -69,7 +61,7 @@ def run(
     from bt_core.evaluation.comparison import compare, comparison_lines
     from bt_core.evaluation.gate import Requirement
     from bt_core.workflows.evaluate import Evaluation
-    from cluster.session import session
+    from cluster.session import placed, session
 
     requirements = [Requirement.parse(text) for text in require or []]
     is_dataset = storage.exists(storage.join(data, "dataset.json"))

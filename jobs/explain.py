@@ -5,15 +5,8 @@ from typing import Any
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, UsageError
-from jobs.command import (
-    BundleArgument,
-    DeviceOption,
-    OutOption,
-    OverwriteOption,
-    SourceArgument,
-    output_folder,
-    placed,
-)
+from jobs.options import BundleArgument, DeviceOption, OutOption, OverwriteOption, SourceArgument
+from jobs.output_folders import output_folder
 
 
 def run(
@@ -43,6 +36,7 @@ def run(
     if storage.exists(out if to_picture else table_at) and not overwrite:
         raise UsageError(f"{out} is there already; choose another -o, or pass --overwrite")
     from bt_core.workflows.explain import explain_scans
+    from cluster.session import placed
 
     explained = explain_scans(opened, refs, out, partial(placed, device=device), to_picture)
     missing = explained["method"].null_count

@@ -6,7 +6,8 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, RunError
-from jobs.command import OutOption, SourceArgument, TaskOption, output_folder
+from jobs.options import OutOption, SourceArgument, TaskOption
+from jobs.output_folders import output_folder
 from jobs.recipes_folder import RECIPES
 
 _SHOWN_PER_ROW: Final = 8

@@ -6,14 +6,8 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_OK, UsageError
-from jobs.command import (
-    BundleArgument,
-    DataOption,
-    OutOption,
-    OverwriteOption,
-    make_room,
-    refuse_taken,
-)
+from jobs.options import BundleArgument, DataOption, OutOption, OverwriteOption
+from jobs.output_folders import make_room, refuse_taken
 
 
 def run(

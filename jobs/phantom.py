@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from bt_core.errors import EXIT_OK, UsageError
-from jobs.command import OverwriteOption
+from jobs.options import OverwriteOption
 
 
 def run(

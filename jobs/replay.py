@@ -6,7 +6,7 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_FAILED, EXIT_OK, UsageError
-from jobs.command import DataOption
+from jobs.options import DataOption
 
 
 def run(

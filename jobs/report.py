@@ -6,7 +6,8 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_FAILED, EXIT_OK
-from jobs.command import PrevalenceOption, RequireOption, all_met, class_shares
+from jobs.command import all_met, class_shares
+from jobs.options import PrevalenceOption, RequireOption
 
 
 def run(

@@ -8,15 +8,8 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_INCOMPLETE, EXIT_OK, REASONS, UsageError
-from jobs.command import (
-    BundleArgument,
-    DeviceOption,
-    OutOption,
-    OverwriteOption,
-    SourceArgument,
-    output_folder,
-    placed,
-)
+from jobs.options import BundleArgument, DeviceOption, OutOption, OverwriteOption, SourceArgument
+from jobs.output_folders import output_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,14 +53,17 @@ def run(
 
     Exit code 3 says that some could not be scored, or that the archive is cut short.
     """
-    from bt_core.data.score_work import locked
+    from bt_core.data.score_work import device_as_begun
+    from bt_core.locks import locked
     from bt_core.models.bundle import Bundle
 
     out = output_folder(out, source)
     opened = Bundle(bundle)  # a wrong one is answered before Ray is imported
     from bt_core.workflows.score import ScoreOptions, score_source
+    from cluster.session import placed
 
     with locked(out):
+        device = device if overwrite else device_as_begun(out, device)
         kind = _dicom_kind(dicom)
         hosted = _hosted if _is_via_serve(via, cascade) else None
         options = ScoreOptions(cascade, kind, hosted, overwrite)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from bt_core import storage
 from bt_core.errors import EXIT_OK, UsageError
 from jobs import serve_options
-from jobs.command import BundleArgument, DeviceOption
+from jobs.options import BundleArgument, DeviceOption
 
 if TYPE_CHECKING:
     from bt_core.models.bundle import Bundle

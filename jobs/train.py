@@ -6,7 +6,8 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_OK, UsageError
-from jobs.command import DataOption, DeviceOption, OutOption, OverwriteOption, make_room
+from jobs.options import DataOption, DeviceOption, OutOption, OverwriteOption
+from jobs.output_folders import make_room
 from jobs.recipes_folder import RECIPES
 
 
@@ -50,6 +51,7 @@ def run(
     """Fine-tune one classifier, or go on with an interrupted run."""
     from bt_core.data.catalog import Dataset
     from bt_core.evaluation.plots import training_curves_png
+    from bt_core.locks import locked
     from bt_core.training.launch import as_begun, check_settings, plan_scaling, train
     from bt_core.training.recipe import load_recipe
     from bt_core.training.tracking import tracking
@@ -72,7 +74,7 @@ def run(
         )
         if overwrite:  # not before all is known to be possible
             make_room(out, "started.json", "a run")
-        with tracking(loaded, out, tensorboard, mlflow) as trackers:
+        with locked(out), tracking(loaded, out, tensorboard, mlflow) as trackers:
             finished = train(loaded, dataset, out, scaling, trackers)
     curves = training_curves_png(finished.history())
     storage.write_bytes(storage.join(out, "curves.png"), curves)

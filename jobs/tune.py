@@ -6,11 +6,13 @@ import typer
 
 from bt_core import log, storage
 from bt_core.errors import EXIT_OK, UsageError
-from jobs.command import DataOption, OutOption, OverwriteOption, make_room
+from jobs.options import DataOption, OutOption, OverwriteOption
+from jobs.output_folders import make_room
 from jobs.recipes_folder import RECIPES
 
 if TYPE_CHECKING:
     from bt_core.data.catalog import Dataset
+    from bt_core.locks import locked
     from bt_core.training.sweep import SweepSpec
     from bt_core.training.sweep_job import Job
 
@@ -87,11 +89,12 @@ def run(
         )
         if overwrite:  # not before all is known to be possible
             make_room(out, _CLAIM, "a sweep")
-        _claim(out, spec, dataset, [candidate.content for candidate in found])
-        views = prepare_views(dataset, spec, found)
-        job = Job(spec, found, dataset.location, views, slots, out)
-        if not search(job):
-            raise KeyboardInterrupt
+        with locked(out):
+            _claim(out, spec, dataset, [candidate.content for candidate in found])
+            views = prepare_views(dataset, spec, found)
+            job = Job(spec, found, dataset.location, views, slots, out)
+            if not search(job):
+                raise KeyboardInterrupt
     return _conclude(job, dataset)
 
 

@@ -7,7 +7,7 @@ import typer
 
 from bt_core import storage
 from bt_core.errors import EXIT_OK
-from jobs.command import OutOption
+from jobs.options import OutOption
 from jobs.recipes_folder import RECIPES
 
 

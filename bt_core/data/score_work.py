@@ -17,13 +17,11 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
-from pyarrow import fs
 
 from bt_core import storage
 from bt_core.config import StrictModel, parse
@@ -35,7 +33,6 @@ _UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, err
 _PATH: Final = re.compile(r"[\"'](/[^\"']+)[\"']")
 _OF_WRITER: Final = "Error writing bytes to file"
 """What pyarrow, by which all results are written, says of a file that it has opened."""
-LOCK_FILE: Final = ".lock"
 MANIFEST_FILE: Final = "manifest.json"
 """Written last, so its presence means that all scores are there."""
 _SAME: Final = ("bundle_id", "source", "listing_digest", "settings", "bt_version")
@@ -144,6 +141,18 @@ class ScoreWork:
         storage.remove_dir(self.folder)
 
 
+def device_as_begun(out: str, device: str) -> str:
+    """Return the device, where `auto` leaves it open that of a job here that is to go on.
+
+    So a job goes on, or says what it lacks, when the cluster has other GPUs than at its start.
+    """
+    work = ScoreWork(out)
+    if device != "auto" or not work.is_begun():
+        return device
+    begun = work.job().settings.get("device", device)
+    return begun if begun in ("cpu", "cuda") else device
+
+
 def is_of_scores(folder: str) -> bool:
     """Return whether a folder holds Parquet files and nothing else, or is not there."""
     names = storage.list_files(folder) if storage.exists(folder) else []
@@ -234,39 +243,3 @@ def _place_of(folder: str, text: str, why: str) -> str:
     if is_of_writer and not storage.is_uri(folder):
         return shown
     return shown.replace(" cannot", f" or {tempfile.gettempdir()} on node {node_of(text)} cannot")
-
-
-@contextmanager
-def locked(out: str) -> Iterator[None]:
-    """Make an output folder and keep other jobs off it while the block runs.
-
-    The system frees the lock of a process that is killed. Stores behind a URI have no locks, so
-    there nothing is held.
-
-    Raises:
-        UsageError: if another job holds it, or the folder cannot be written.
-    """
-    filesystem, path = storage.filesystem(out)
-    if not isinstance(filesystem, fs.LocalFileSystem):
-        yield
-        return
-    lock = FileLock(os.path.join(path, LOCK_FILE), timeout=0)
-    try:
-        os.makedirs(path, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UsageError(
-            f"another bt score is working on {out}; wait for its end, or choose another -o"
-        ) from None
-    except OSError as error:
-        raise UsageError(
-            f"-o {out} cannot be written ({error.strerror}); choose a folder that you may write to"
-        ) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.unlink(lock.lock_file)
-        lock.release()
-        with suppress(OSError):
-            os.rmdir(path)  # only if nothing was written to it

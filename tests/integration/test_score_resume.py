@@ -21,8 +21,9 @@ import ray
 from bt_core.data import scoring
 from bt_core.data.manifest import ManifestWriter
 from bt_core.data.publish import publish
-from bt_core.data.score_work import ScoreJob, ScoreWork, locked
+from bt_core.data.score_work import ScoreJob, ScoreWork
 from bt_core.errors import RunError
+from bt_core.locks import locked
 from bt_core.log import RUN_ID
 from bt_core.scans.archives import list_scans
 from bt_core.scans.phantom import phantom_slice
@@ -83,7 +84,7 @@ def test_a_killed_job_goes_on_and_only_with_the_same_work(chain, archive, undist
         first.kill()
         first.wait()
     assert second.returncode == 2
-    assert "another bt score is working" in second.stderr
+    assert "another command is working" in second.stderr
     num_done = ScoreWork(str(out)).num_done()
     assert 0 < num_done < NUM_SCANS, "it was killed in the middle"
     for other in ([chain.root / "runs_bundle", archive], [chain.bundle, chain.archive]):

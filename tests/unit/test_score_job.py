@@ -25,11 +25,13 @@ from bt_core import log
 from bt_core.data.crash_guard import COMPUTE_SECONDS, CrashGuard, Tries
 from bt_core.data.manifest import PIECE_ROWS, ManifestWriter, RefDigest
 from bt_core.data.publish import publish
-from bt_core.data.score_work import ScoreJob, ScoreWork, locked, refuse_foreign, writing
+from bt_core.data.score_work import ScoreJob, ScoreWork, device_as_begun, refuse_foreign, writing
 from bt_core.errors import RunError, UsageError
+from bt_core.locks import locked
 from bt_core.scans.archives import list_scans
 from bt_core.scans.members import ScanRef
 from cluster.session import Resources, _refuse_too_small
+from jobs.output_folders import make_room
 
 JOB = ScoreJob(
     bundle_id="b" * 16,
@@ -82,7 +84,7 @@ def test_only_the_same_work_goes_on_and_the_message_says_what_differs(tmp_path):
 
 HOLD = """
 import sys, time
-from bt_core.data.score_work import locked
+from bt_core.locks import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -94,13 +96,25 @@ def test_a_folder_is_held_by_one_job_and_free_when_it_is_killed(tmp_path):
     command = [sys.executable, "-c", HOLD, out]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match="another bt score is working"), locked(out):
+        with pytest.raises(UsageError, match="another command is working"), locked(out):
             pass
+        (tmp_path / "out" / "run.json").touch()
+        with pytest.raises(UsageError, match="another command is working"):
+            make_room(out, "run.json", "a run")
         holder.kill()
         holder.wait()
+    make_room(out, "run.json", "a run")
     with locked(out):
         (tmp_path / "out" / "x").touch()
     assert os.listdir(out) == ["x"], "the lock leaves no file"
+
+
+def test_a_job_that_is_to_go_on_keeps_its_device_unless_told_otherwise(tmp_path):
+    out = str(tmp_path)
+    assert device_as_begun(out, "auto") == "auto"
+    ScoreWork(out).begin(JOB.model_copy(update={"settings": {"device": "cuda"}}))
+    assert device_as_begun(out, "auto") == "cuda"
+    assert device_as_begun(out, "cpu") == "cpu"
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line():
