@@ -106,13 +106,8 @@ class S3Store(fs.S3FileSystem):  # type: ignore[misc]
 
     def __init__(self, max_attempts: int, **options: Any) -> None:
         self._max_attempts = max_attempts
-        fixed = {
-            "allow_delayed_open": True,
-            "connect_timeout": _CONNECT_SECONDS,
-            "request_timeout": _SILENT_SECONDS,
-            "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=max_attempts),
-        }
-        super().__init__(**(options | fixed))
+        retries = fs.AwsStandardS3RetryStrategy(max_attempts=max_attempts)
+        super().__init__(**options, retry_strategy=retries)
 
     def __reduce__(self) -> tuple[Any, ...]:
         [options] = super().__reduce__()[1]
@@ -124,14 +119,20 @@ class S3Store(fs.S3FileSystem):  # type: ignore[misc]
             super().create_dir(path, recursive=recursive)
 
 
-_opening: Final = threading.Lock()
+_opening: Final = threading.RLock()
 """To open a client waits for all requests of other clients, with their retries: once is enough."""
 _buckets: Final[dict[str, S3Store]] = {}
 
 
 def _s3_store(max_attempts: int, options: dict[str, Any]) -> S3Store:
+    """Return the client of some options, which this process may have already."""
+    fixed = {
+        "allow_delayed_open": True,
+        "connect_timeout": _CONNECT_SECONDS,
+        "request_timeout": _SILENT_SECONDS,
+    }
     with _opening:
-        return _client(max_attempts, json.dumps(options))
+        return _client(max_attempts, json.dumps(options | fixed, sort_keys=True))
 
 
 @lru_cache(maxsize=64)
@@ -157,7 +158,7 @@ def _open_bucket(location: str) -> fs.FileSystem:
         with _opening:
             if location not in _buckets:
                 [options] = _open_once(location)[0].__reduce__()[1]
-                _buckets[location] = _client(int(given), json.dumps(options))
+                _buckets[location] = _s3_store(int(given), options)
     return _buckets[location]
 
 

@@ -34,7 +34,6 @@ class FaultyStore:
             `late_seconds`), `cut` (the connection closes in the middle of the answer), `lost` (it
             is done, and then refused as with 500: the client cannot know).
         counts: requests by kind (GET, HEAD, LIST, PUT, COPY, DELETE, MULTIPART), failed ones too.
-        paths: of all requests, as they came.
         num_disturbed: by what happened.
     """
 
@@ -51,7 +50,6 @@ class FaultyStore:
         self.share, self.late_seconds = 0.0, 1.0
         self.kinds: tuple[int | str, ...] = (500, 503)
         self.counts: Counter[str] = Counter()
-        self.paths: list[str] = []
         self.num_disturbed: Counter[int | str] = Counter()
 
     @property
@@ -68,7 +66,6 @@ class FaultyStore:
         """Answer one request (WSGI)."""
         with self._lock:
             self.counts[kind_of(environ)] += 1
-            self.paths.append(environ["PATH_INFO"])
             disturbed = self._random.random() < self.share
             fault = self._random.choice(self.kinds) if disturbed else None
             if fault is not None:

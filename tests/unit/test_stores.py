@@ -4,6 +4,7 @@ import os
 import pickle
 import platform
 import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -184,20 +185,31 @@ def test_what_a_task_says_of_a_store_is_said_again():
     assert "DOE" not in str(said.value)
 
 
-def test_requests_at_once_wait_for_no_other_to_give_up(store, bucket, monkeypatch):
+def test_a_client_that_travels_waits_for_no_request_under_way(store, bucket, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+    filesystem, path = storage.filesystem(f"{bucket}/a")
+    travelling = pickle.dumps(filesystem)
+    store.counts.clear()
+    with store.disturbed(1.0, 503), ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(filesystem.get_file_info, path)
+        while not store.counts["HEAD"] and not asked.done():
+            time.sleep(0.001)
+        assert pickle.loads(travelling) is filesystem
+        assert store.counts["HEAD"] < 3, "it was not waited for until the last attempt"
+        with pytest.raises(OSError, match="HTTP status 503"):
+            asked.result()
+    assert store.counts["HEAD"] == 3
+
+
+def test_a_bucket_that_several_threads_open_is_opened_once(bucket):
     begin = threading.Barrier(8)
 
-    def ask(name):
+    def open_it(_):
         begin.wait()
-        with pytest.raises(OSError, match="HTTP status 503"):
-            storage.read_bytes(f"{bucket}/{name}")
+        return storage.filesystem(f"{bucket}/a")[0]
 
-    store.paths.clear()
-    with store.disturbed(1.0, 503), ThreadPoolExecutor(8) as pool:
-        list(pool.map(ask, "abcdefgh"))
-    last = next(i for i, path in enumerate(store.paths) if store.paths[:i].count(path) == 2)
-    assert len(set(store.paths[:last])) > 4, "most were asked for before one was given up"
+    with ThreadPoolExecutor(8) as pool:
+        assert len({id(client) for client in pool.map(open_it, range(8))}) == 1
 
 
 def test_a_client_that_travels_is_opened_once_in_a_process(bucket):
