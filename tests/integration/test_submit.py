@@ -12,6 +12,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bt_core.errors import EXIT_FAILED, EXIT_USAGE
 from tests.conftest import bt, bt_process
+from tests.integration.test_cluster import BT
 
 pytestmark = pytest.mark.integration
 
@@ -144,7 +145,7 @@ def test_ctrl_c_in_a_terminal_asks_and_yes_stops_the_job(dashboard):
     client = JobSubmissionClient(dashboard)
     job = client.submit_job(entrypoint="echo it has begun; sleep 600")
     keyboard, terminal = os.openpty()
-    line = [sys.executable, "-m", "jobs.cli", "jobs", "follow", job, "--cluster", dashboard]
+    line = [BT, "jobs", "follow", job, "--cluster", dashboard]
     process = subprocess.Popen(
         ["setsid", "--ctty", *line], stdin=terminal, stdout=terminal, stderr=terminal
     )
