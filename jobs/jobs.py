@@ -50,3 +50,9 @@ def run_stop(job: JobArgument, cluster: ClusterOption = _HERE) -> int:
 
 def _time(milliseconds: int | None) -> datetime | None:
     return datetime.fromtimestamp(milliseconds / 1000, UTC) if milliseconds else None
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("jobs")
