@@ -74,7 +74,7 @@ def run(
     requirement is not met.
     """
     from bt_core.evaluation.comparison import compare
-    from bt_core.evaluation.gate import Requirement
+    from bt_core.evaluation.requirements import Requirement
     from cluster.session import session
 
     requirements = [Requirement.parse(text) for text in require or []]

@@ -48,7 +48,7 @@ ONLY_IN = {
     "torchvision.datasets": (),
     "ray": (
         "bt_core/telemetry.py",
-        "bt_core/data/guard.py",
+        "bt_core/data/decode_guard.py",
         "bt_core/data/pipeline.py",
         "bt_core/data/scoring.py",
         "bt_core/data/views.py",
