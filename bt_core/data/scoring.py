@@ -39,7 +39,7 @@ from bt_core.data.pipeline import (
 )
 from bt_core.data.score_work import ScoreWork, writing
 from bt_core.data.scorer_guard import MAX_RESTARTS, CrashGuard, Tries
-from bt_core.errors import RunError
+from bt_core.errors import RunError, last_line
 from bt_core.log import Progress
 from bt_core.scans.preprocess import PreprocessSpec
 from bt_core.telemetry import WorkClock, exported
@@ -233,8 +233,7 @@ def _explained() -> Iterator[None]:
         yield
     except ray.exceptions.ActorDiedError as error:
         if error.actor_init_failed:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise RunError(f"no scorer could start: {lines[-1] if lines else error}") from error
+            raise RunError(f"no scorer could start: {last_line(error)}") from error
         raise RunError(
             f"a scorer's process died {MAX_RESTARTS} times (memory, or a fault in the model's "
             "runtime); what is scored is kept: the same command goes on from there"

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from bt_core.errors import ConfigError
+from bt_core.errors import ConfigError, first_line
 from bt_core.models.backbones import Backbone, build_backbone
 from bt_core.models.cnn import initialise
 from bt_core.models.spec import HeadSpec, Init, ModelSpec
@@ -162,7 +162,7 @@ def _num_head_inputs(backbone: Backbone, model: ModelSpec, preprocess: Preproces
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"model.backbone: {model.backbone} cannot take images of {side}x{side}: "
-            f"{str(error).splitlines()[0]}; choose another preprocess.size_px"
+            f"{first_line(error)}; choose another preprocess.size_px"
         ) from error
     backbone.module.train(was_training)
     return features.flatten(1).shape[1]

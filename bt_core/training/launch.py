@@ -21,7 +21,7 @@ from ray.train.torch import TorchTrainer
 from bt_core import storage
 from bt_core.data.catalog import Dataset
 from bt_core.data.views import ensure_view, read_view
-from bt_core.errors import DatasetError, RunError, UsageError
+from bt_core.errors import DatasetError, RunError, UsageError, last_line
 from bt_core.log import logger, run_id
 from bt_core.models.classifier import build_classifier
 from bt_core.models.inputs import Preprocessor
@@ -318,5 +318,4 @@ def _root_cause(error: BaseException) -> str:
             "a node ran low on memory and a worker was ended; lower train.batch_size and raise "
             "train.accumulation_steps by the same factor, or use fewer workers"
         )
-    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(inner).__name__
+    return last_line(inner)
