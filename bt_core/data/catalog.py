@@ -133,6 +133,16 @@ class Dataset:
         return storage.read_table(storage.join(self.location, "catalog.parquet"))
 
 
+def groups_of(rows: pa.Table) -> dict[str, str]:
+    """Return the group of each scan, by its scan_id: what a split keeps together.
+
+    Args:
+        rows: with the columns `scan_id` and `group`.
+    """
+    columns = rows.select(["scan_id", "group"]).to_pydict()
+    return dict(zip(columns["scan_id"], columns["group"], strict=True))
+
+
 def label_refs(refs: list[ScanRef], task: str | None) -> tuple[pa.Table, LabelSpace]:
     """Give every listed scan its label: the one of its list, or the one of its folder.
 
