@@ -39,7 +39,6 @@ class CompiledRuntime:
         self, classifier: Classifier, preprocessor: Preprocessor, info: RuntimeInfo
     ) -> None:
         self.info = info
-        self.fallback = ""
         self._device = next(classifier.parameters()).device
         on_cpu = self._device.type == "cpu"
         if info.precision == "bf16" and on_cpu and not _cpu_has_bf16():

@@ -50,7 +50,6 @@ class OpenVINORuntime:
         num_threads: int,
     ) -> None:
         self.info = info
-        self.fallback = ""
         self._preprocessor = preprocessor if takes_images(preprocessor) else None
         core = _core()
         capabilities = _capabilities(core)
