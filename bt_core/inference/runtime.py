@@ -152,6 +152,9 @@ def load_runtime(
         preprocessor: the member's.
         load: gives the member's classifier on the device; not asked where an export does without.
         device: that the members are on.
+
+    Raises:
+        BundleError: if a file of the export is missing.
     """
     wanted = member.runtime
     if wanted.kind == "torch":

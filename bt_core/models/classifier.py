@@ -54,19 +54,30 @@ class Classifier(nn.Module):
         self.flips = flips
 
     def forward_features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Return the backbone's last feature map or tokens."""
+        """Return the backbone's last feature map (B, C, h, w) or tokens (B, T, C).
+
+        Some backbones give their feature map channels last, (B, h, w, C).
+        """
         features: torch.Tensor = self.backbone.forward_features(images_BCHW)  # type: ignore[operator]
         return features
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
-        """Return pooled (or flattened) features_BD, what the head is given."""
+        """Return pooled (or flattened) features_BD, what the head is given.
+
+        Args:
+            features: as `forward_features` returns them.
+        """
         if self.flatten:
             return features.flatten(1)
         pooled_BD: torch.Tensor = self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
         return pooled_BD
 
     def forward_head(self, features: torch.Tensor) -> torch.Tensor:
-        """Return logits_BK of the backbone's features."""
+        """Return logits_BK of the backbone's features.
+
+        Args:
+            features: as `forward_features` returns them.
+        """
         logits_BK: torch.Tensor = self.head(self.pool(features))
         return logits_BK
 
