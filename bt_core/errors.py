@@ -167,6 +167,24 @@ class ScanError(BtError):
         return ScanError, (self.reason, self.detail)
 
 
+def first_line(said: BaseException | str) -> str:
+    """Return the first line of an error's text, or the name of its kind if it says nothing."""
+    return _lines(said)[0]
+
+
+def last_line(said: BaseException | str) -> str:
+    """Return the last line of an error's text, where nested tracebacks say what happened.
+
+    Of an error that says nothing it is the name of its kind.
+    """
+    return _lines(said)[-1]
+
+
+def _lines(said: BaseException | str) -> list[str]:
+    lines = [line.strip() for line in str(said).splitlines() if line.strip()]
+    return lines or ["no message" if isinstance(said, str) else type(said).__name__]
+
+
 def status_of(reason: str) -> str:
     """Return the score status, `rejected` or `failed`, that a scan error's reason leads to."""
     return "rejected" if reason in REJECTED_REASONS else "failed"

@@ -23,7 +23,7 @@ import fsspec
 import pyarrow as pa
 from pyarrow import fs
 
-from bt_core.errors import ConfigError, UsageError
+from bt_core.errors import ConfigError, UsageError, first_line
 from bt_core.store_errors import FileFault
 from bt_core.store_errors import refuse_away as refuse_away
 
@@ -170,19 +170,15 @@ def _open_once(location: str) -> tuple[fs.FileSystem, str]:
         if "Unrecognized filesystem" not in str(error):
             raise UsageError(f"cannot open {redact(location)}: it is not a valid URI") from error
     except OSError as error:  # the first line; what follows may be a page of library paths
-        raise UsageError(f"cannot open {redact(location)}: {redact(_first_line(error))}") from error
+        raise UsageError(f"cannot open {redact(location)}: {redact(first_line(error))}") from error
     try:
         opened, path = fsspec.core.url_to_fs(location)
     except Exception as error:  # each of fsspec's stores has its own errors
         raise UsageError(
-            f"cannot open {redact(location)}: {redact(_first_line(error))}; use a local path or a "
+            f"cannot open {redact(location)}: {redact(first_line(error))}; use a local path or a "
             "URI that pyarrow.fs (s3://, gs://, hdfs://, file://) or fsspec (http://, ...) opens"
         ) from error
     return fs.PyFileSystem(fs.FSSpecHandler(opened)), str(path)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 _HELD_BYTES: Final = 512 * 1024**2

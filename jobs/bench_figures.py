@@ -98,9 +98,3 @@ def _plain_seconds(num_scans: int) -> float:
             metrics.roc_auc_score(labels_N == k, probs_NK[:, k], **own)
             metrics.average_precision_score(labels_N == k, probs_NK[:, k], **own)
     return time.perf_counter() - started
-
-
-if __name__ == "__main__":
-    from jobs.cli import main_of
-
-    main_of("bench")

@@ -109,9 +109,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_code) from error
-    app(args=list(argv) if argv is not None else None)
+    app(args=list(argv) if argv is not None else None, prog_name="bt")
 
 
 def main_of(name: str) -> None:
     """Run one command as `python -m jobs.NAME` does; it is `bt NAME`."""
     main([name, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

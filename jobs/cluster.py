@@ -95,3 +95,9 @@ def _wait(stopped: threading.Event, node: "Node") -> None:
     """
     while not stopped.wait(1.0):
         node.check()
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("cluster")

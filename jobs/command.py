@@ -18,7 +18,7 @@ from bt_core.stores import refuse_away
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from bt_core.evaluation.gate import Requirement
+    from bt_core.evaluation.requirements import Requirement
 
 _LOCATIONS: Final = frozenset(
     {

@@ -27,9 +27,9 @@ def run(
     `--require difference.accuracy.low>=-0.01` holds the first against the second.
     """
     from bt_core.evaluation.comparison import compare, comparison_lines
-    from bt_core.evaluation.gate import Requirement
     from bt_core.evaluation.pages import read_report
     from bt_core.evaluation.predictions import Scans
+    from bt_core.evaluation.requirements import Requirement
 
     names = [os.path.basename(storage.absolute(report)) for report in reports]
     if len(reports) < 2 or len(set(names)) < len(names):

@@ -59,7 +59,7 @@ def run(
     requirement is not met.
     """
     from bt_core.evaluation.comparison import compare, comparison_lines
-    from bt_core.evaluation.gate import Requirement
+    from bt_core.evaluation.requirements import Requirement
     from bt_core.workflows.evaluate import Evaluation
     from cluster.session import placed, session
 

@@ -33,8 +33,8 @@ def run(
     out = output_folder(out, source)
     key, _ = hash_key()
     listing = list_scans(source, key)  # a wrong path is answered before Ray is imported
-    from bt_core.data.catalog import label_refs_if_known
-    from bt_core.data.copies import groups_by_scan
+    from bt_core.data.catalog import groups_of, label_refs_if_known
+    from bt_core.data.copies import add_families
     from bt_core.data.explore import choose, describe_source, name_unlabelled, read_rows
     from bt_core.data.explore_page import earlier_files, figures, write_exploration
     from bt_core.data.explore_stage import SIDE_PX, ExploreStage
@@ -56,7 +56,7 @@ def run(
         raise RunError(f"no scan of {source} could be read: {_counted(facts['unreadable'])}")
     rows = read_rows(rows)
     probed = rows.filter(rows["sampled"])
-    group_of = groups_by_scan(sampled, pairs)
+    group_of = groups_of(add_families(sampled, pairs))
     probe = probe_shortcuts(probed, [group_of[i] for i in probed["scan_id"].to_pylist()], seed)
     facts |= {"skipped": listing.skipped, "side_px": SIDE_PX, "seed": seed, "probe": probe}
     write_exploration(out, facts, figures(rows, facts, shown.name, shown.preprocess))

@@ -83,3 +83,9 @@ FOLLOWER: Final = Follower(show, wants_stop, again)
 
 def _time(milliseconds: int | None) -> datetime | None:
     return datetime.fromtimestamp(milliseconds / 1000, UTC) if milliseconds else None
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("jobs")

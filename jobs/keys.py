@@ -59,3 +59,9 @@ def run_revoke(
     revoke_key(file, name)
     print(f"{name} is revoked")
     return EXIT_OK
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("keys")

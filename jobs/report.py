@@ -16,9 +16,9 @@ def run(
     require: RequireOption = None,
 ) -> int:
     """Compute every figure again from predictions.parquet, and write the report anew."""
-    from bt_core.evaluation.gate import Requirement
     from bt_core.evaluation.pages import read_report, write_report
     from bt_core.evaluation.report import evaluate
+    from bt_core.evaluation.requirements import Requirement
 
     requirements = [Requirement.parse(text) for text in require or []]
     report = storage.absolute(report)

@@ -126,6 +126,7 @@ def _claim(out: str, spec: "SweepSpec", dataset: "Dataset", recipes: list[dict[s
 
 def _conclude(job: "Job", dataset: "Dataset") -> int:
     """Rank the trials and write the results; the leaderboard as Parquet comes last."""
+    from bt_core.data.catalog import groups_of
     from bt_core.training import leaderboard as board
     from bt_core.training.leaderboard_page import write_page
     from bt_core.training.sweep_job import read_predictions, records_of
@@ -137,9 +138,7 @@ def _conclude(job: "Job", dataset: "Dataset") -> int:
     finished = [record.trial_id for record in records if record.status == "finished"]
     tables = {trial_id: read_predictions(out, trial_id) for trial_id in finished}
     predictions = {trial_id: table for trial_id, table in tables.items() if table is not None}
-    columns = dataset.catalog().select(["scan_id", "group"]).to_pydict()
-    group_of = dict(zip(columns["scan_id"], columns["group"], strict=True))
-    rows = board.leaderboard(records, predictions, group_of, spec)
+    rows = board.leaderboard(records, predictions, groups_of(dataset.catalog()), spec)
     print(board.text_table(rows, spec))
     if predictions:
         best = next(record for record in records if record.trial_id == rows[0]["trial_id"])

@@ -87,8 +87,8 @@ def caller_of(scope: Scope) -> Caller:
 def require(role: Role | None = None) -> Any:
     """Return a dependency that lets in callers with a role, or any with a key.
 
-    A route takes it as `dependencies=[require("predict")]`; it documents 401 and 403 itself, by
-    `answers`.
+    For others it raises HTTPException, 403. A route takes it as
+    `dependencies=[require("predict")]`; it documents 401 and 403 itself, by `answers`.
     """
 
     async def check(

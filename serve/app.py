@@ -12,7 +12,7 @@ from ray.serve import Application, Deployment
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from bt_core.config import parse
-from bt_core.errors import ConfigError, RunError, UsageError
+from bt_core.errors import ConfigError, RunError, UsageError, last_line
 from bt_core.models.bundle import Bundle
 from serve.access import LOOPBACK_HOSTS, check_exposure, is_loopback
 from serve.explaining import ExplainerDeployment
@@ -178,7 +178,7 @@ def _deploy(settings: EnsembleSettings) -> Hosted:
     except RuntimeError as error:
         why = serve.status().applications[hosted.app].message
         serve.delete(hosted.app)
-        raise RunError(f"{settings.bundle} cannot be loaded: {_last_line(why)}") from error
+        raise RunError(f"{settings.bundle} cannot be loaded: {last_line(why)}") from error
     return hosted
 
 
@@ -208,8 +208,3 @@ def _wait_for_old_gateways() -> None:
         if not any(num for state, num in states.items() if state != ReplicaState.RUNNING):
             return
         time.sleep(0.5)
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"

@@ -108,7 +108,11 @@ class BodyBounds:
         self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on whose body is bounded."""
+        """Pass a request on whose body is bounded.
+
+        What reads the body gets HTTPException, 408 when it comes too late, 503 when all that are
+        held are too much.
+        """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -151,7 +151,8 @@ async def infer(
 ) -> Any:
     """Classify scans; each has a status, and a reason where it is not `scored`.
 
-    A scan that cannot be used has no label and, as probabilities, nulls (NaN in binary).
+    A scan that cannot be used has no label and, as probabilities, nulls (NaN in binary). A request
+    that is not of the protocol gets 400.
     """
     ensemble = service.ensemble  # another bundle may take its place while the body arrives
     _check_name(ensemble, model, version)

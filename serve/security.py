@@ -3,7 +3,7 @@
 from fastapi import FastAPI
 
 from serve.access import Authentication
-from serve.audit import Audit, AuditLog
+from serve.access_log import Audit, AuditLog
 from serve.budget import ScanBudget
 from serve.guards import BodyBounds, Envelope, NoStacks
 from serve.keys import KeyRing

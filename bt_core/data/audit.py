@@ -202,7 +202,7 @@ def choose_pairs(
 
 
 def rows_of(pairs: Pairs, chosen: dict[int, str]) -> np.ndarray:
-    """Return the rows of the scans of chosen pairs, each once, as int64."""
+    """Return the rows (N,) of the scans of chosen pairs, each once and in order, int64."""
     rows = {int(end[p]) for p in chosen for end in (pairs.left_P, pairs.right_P)}
     return np.array(sorted(rows), np.int64)
 

@@ -97,17 +97,17 @@ class Dataset:
         table = self._all_rows()
         return table.filter(pc.equal(table["split"], name))
 
-    def open_test(self, command: str, run_id: str) -> pa.Table:
+    def open_test(self, command: str, bundle_id: str) -> pa.Table:
         """Return the catalog rows of the test split, and put on record that they were read.
 
         Args:
             command: the `bt` command that reads them; only `evaluate` may.
-            run_id: what is held against them, such as a bundle's id.
+            bundle_id: of the bundle that is held against them.
 
         Raises:
             SealedError: for any other command.
         """
-        record_opening(self.location, command, run_id, self.info.digest)
+        record_opening(self.location, command, bundle_id, self.info.digest)
         table = self._all_rows()
         return table.filter(pc.equal(table["split"], "test"))
 
@@ -131,6 +131,16 @@ class Dataset:
 
     def _all_rows(self) -> pa.Table:
         return storage.read_table(storage.join(self.location, "catalog.parquet"))
+
+
+def groups_of(rows: pa.Table) -> dict[str, str]:
+    """Return the group of each scan, by its scan_id: what a split keeps together.
+
+    Args:
+        rows: with the columns `scan_id` and `group`.
+    """
+    columns = rows.select(["scan_id", "group"]).to_pydict()
+    return dict(zip(columns["scan_id"], columns["group"], strict=True))
 
 
 def label_refs(refs: list[ScanRef], task: str | None) -> tuple[pa.Table, LabelSpace]:

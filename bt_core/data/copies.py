@@ -44,12 +44,6 @@ def add_families(catalog: pa.Table, pairs: Pairs) -> pa.Table:
     return catalog
 
 
-def groups_by_scan(catalog: pa.Table, pairs: Pairs) -> dict[str, str]:
-    """Return the name of each scan's group, by scan_id."""
-    columns = add_families(catalog, pairs).select(["scan_id", "group"]).to_pydict()
-    return dict(zip(columns["scan_id"], columns["group"], strict=True))
-
-
 def pairs_table(catalog: pa.Table, pairs: Pairs) -> pa.Table:
     """Return pairs with scan ids: left, right, correlation, transform (left turned into right).
 

@@ -160,7 +160,7 @@ def pixel_digest(image_HW: np.ndarray) -> str:
 
 
 def column_of(values: list[Any]) -> np.ndarray:
-    """Return values as a column; bytes stay objects, since NumPy's own lose zeros at the end."""
+    """Return values as a column (N,); bytes stay objects, as NumPy's own lose zeros at the end."""
     if values and isinstance(values[0], bytes | ScanError):
         column = np.empty(len(values), object)
         column[:] = values

@@ -115,7 +115,7 @@ def property_values(rows: pa.Table, name: str) -> np.ndarray:
 
 
 def mean_histogram(rows: pa.Table) -> np.ndarray:
-    """Return the shares of the 256 grey levels over all rows' pixels; zeros if there is no row."""
+    """Return the shares (256,) of the grey levels over all rows' pixels; zeros without a row."""
     counts = unpacked(rows["histogram"], np.uint16, (256,)).sum(0, dtype=np.float64)
     shares: np.ndarray = counts / max(counts.sum(), 1)
     return shares

@@ -96,7 +96,7 @@ def border_mask(side: int) -> np.ndarray:
 
 
 def block_means(images_NSS: np.ndarray, side: int) -> np.ndarray:
-    """Return images uint8 of a smaller side that divides theirs, averaged over blocks."""
+    """Return square images (N, side, side) uint8, averaged over blocks; `side` divides theirs."""
     num, block = len(images_NSS), images_NSS.shape[1] // side
     blocks = images_NSS.reshape(num, side, block, side, block)
     smaller: np.ndarray = np.rint(blocks.mean((2, 4), dtype=np.float32)).astype(np.uint8)

@@ -20,9 +20,9 @@ import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
 
 from bt_core import storage
+from bt_core.data.decode_guard import MAX_RETRIES, num_overseers, oversee, oversee_stream
 from bt_core.data.decode_stage import Columns, DecodeStage, RowStage
 from bt_core.data.families import CopyIndex, FamilyStage, Pairs, exact_pairs
-from bt_core.data.guard import MAX_RETRIES, num_overseers, oversee, oversee_stream
 from bt_core.data.stream import split_streamed
 from bt_core.log import Progress
 from bt_core.scans.preprocess import PreprocessSpec

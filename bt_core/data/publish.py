@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 
 from bt_core import storage
 from bt_core.data.copies import plain_cell
-from bt_core.data.crash_guard import COMPUTE_SECONDS
 from bt_core.data.score_work import ScoreWork
+from bt_core.data.scorer_guard import COMPUTE_SECONDS
 from bt_core.errors import REASONS
 from bt_core.log import logger, run_id
 

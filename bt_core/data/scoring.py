@@ -27,9 +27,8 @@ from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bt_core import storage
-from bt_core.data.crash_guard import MAX_RESTARTS, CrashGuard, Tries
+from bt_core.data.decode_guard import MAX_RETRIES, num_overseers, oversee, oversee_stream
 from bt_core.data.decode_stage import Columns, DecodeStage
-from bt_core.data.guard import MAX_RETRIES, num_overseers, oversee, oversee_stream
 from bt_core.data.pipeline import (
     BLOCK_ROWS,
     SCORE_BATCH,
@@ -39,7 +38,8 @@ from bt_core.data.pipeline import (
     num_workers,
 )
 from bt_core.data.score_work import ScoreWork, writing
-from bt_core.errors import RunError
+from bt_core.data.scorer_guard import MAX_RESTARTS, CrashGuard, Tries
+from bt_core.errors import RunError, last_line
 from bt_core.log import Progress
 from bt_core.scans.preprocess import PreprocessSpec
 from bt_core.telemetry import WorkClock, exported
@@ -69,7 +69,7 @@ def score_manifest(
     Args:
         work: of a job that was put on record, with its manifest; gets rows and checkpoint.
         specs: preprocessing specs with distinct pixels, in the scorer's order.
-        scorer: as in `crash_guard.CrashGuard`.
+        scorer: as in `scorer_guard.CrashGuard`.
         scorer_args: its constructor's arguments.
         actors: as in `pipeline.score`.
         is_streamed: the source is a compressed tar, which one task reads from its start.
@@ -234,8 +234,7 @@ def _explained() -> Iterator[None]:
         yield
     except ray.exceptions.ActorDiedError as error:
         if error.actor_init_failed:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise RunError(f"no scorer could start: {lines[-1] if lines else error}") from error
+            raise RunError(f"no scorer could start: {last_line(error)}") from error
         raise RunError(
             f"a scorer's process died {MAX_RESTARTS} times (memory, or a fault in the model's "
             "runtime); what is scored is kept: the same command goes on from there"

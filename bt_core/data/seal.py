@@ -8,6 +8,8 @@ import uuid
 from datetime import UTC, datetime
 from typing import Final
 
+from pydantic import AliasChoices, Field
+
 from bt_core import storage
 from bt_core.config import StrictModel, parse
 from bt_core.errors import SealedError
@@ -22,8 +24,8 @@ class Opening(StrictModel):
     opened_at: str
     """ISO 8601, UTC."""
     command: str
-    run_id: str
-    """What was held against the test scans: the bundle's id."""
+    bundle_id: str = Field(validation_alias=AliasChoices("bundle_id", "run_id"))
+    """Of the bundle that was held against the test scans; records used to call it `run_id`."""
     dataset_digest: str
 
 
@@ -41,7 +43,7 @@ def refuse_test(split: str, what: str) -> None:
         )
 
 
-def record_opening(dataset: str, command: str, run_id: str, dataset_digest: str) -> None:
+def record_opening(dataset: str, command: str, bundle_id: str, dataset_digest: str) -> None:
     """Put an opening on record, before anything is read.
 
     Each is a file of its own that is never written again: stores have no appending, and two
@@ -50,7 +52,7 @@ def record_opening(dataset: str, command: str, run_id: str, dataset_digest: str)
     Args:
         dataset: folder of the dataset.
         command: the `bt` command that opens.
-        run_id: what it measures.
+        bundle_id: of the bundle that it measures.
         dataset_digest: digest of the dataset's scans, labels and splits.
 
     Raises:
@@ -62,7 +64,7 @@ def record_opening(dataset: str, command: str, run_id: str, dataset_digest: str)
     opening = Opening(
         opened_at=now.isoformat(timespec="seconds"),
         command=command,
-        run_id=run_id,
+        bundle_id=bundle_id,
         dataset_digest=dataset_digest,
     )
     name = f"{now:%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}.json"

@@ -10,8 +10,8 @@ import ray.data
 
 from bt_core import storage
 from bt_core.data.catalog import Dataset
+from bt_core.data.decode_guard import MAX_RETRIES
 from bt_core.data.decode_stage import Columns, DecodeStage
-from bt_core.data.guard import MAX_RETRIES
 from bt_core.data.pipeline import bounded_retries, check_rows, configure, decode, lean_reader
 from bt_core.data.seal import refuse_test
 from bt_core.data.stream import split_streamed

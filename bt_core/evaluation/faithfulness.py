@@ -59,13 +59,21 @@ def deletion_and_insertion(
 def mirror_agreement(
     model: Classifier, images_BCHW: torch.Tensor, heat_BHW: torch.Tensor, classes_B: torch.Tensor
 ) -> np.ndarray:
-    """Return the rank correlation of each map with that of the mirrored image, turned back."""
+    """Return the rank correlations_B of maps with those of the mirrored images, turned back.
+
+    Float64 in [-1, 1]; NaN where one of the two maps is flat.
+    """
     mirrored_BHW, _ = heat_maps(model, images_BCHW.flip(3), classes_B)
     return rank_correlation(heat_BHW, mirrored_BHW.flip(2))
 
 
 def share_outside(heat_BHW: torch.Tensor, inside_BHW: torch.Tensor) -> torch.Tensor:
-    """Return the share of each map's heat that lies outside the head; NaN without any heat."""
+    """Return the shares_B of the maps' heat that lies outside the head; NaN without any heat.
+
+    Args:
+        heat_BHW: of 0 or more.
+        inside_BHW: bool, the head.
+    """
     total_B = heat_BHW.sum((1, 2))
     return (heat_BHW * ~inside_BHW).sum((1, 2)) / torch.where(total_B > 0, total_B, torch.nan)
 
@@ -110,7 +118,7 @@ def shuffled(model: Classifier, seed: int) -> Classifier:
 
 
 def rank_correlation(one_BHW: torch.Tensor, other_BHW: torch.Tensor) -> np.ndarray:
-    """Return Spearman's correlation of each two maps; NaN where one of them is flat."""
+    """Return Spearman's correlations_B of each two maps, float64; NaN where one of them is flat."""
     ranks = [
         rankdata(heat.flatten(1).double().cpu().numpy(), axis=1) for heat in (one_BHW, other_BHW)
     ]

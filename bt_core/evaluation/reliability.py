@@ -13,7 +13,6 @@ from scipy.stats import t as student
 
 from bt_core.evaluation.intervals import FEWEST, LEVEL, Estimate, draw_families, share_of
 
-Bins = list[dict[str, Any]]
 Equal = Literal["width", "mass"]
 _NUM_BINS: Final = 15
 _NUM_DRAWS: Final = 500
@@ -21,50 +20,15 @@ _SURE: Final = 1e-6
 """Probabilities nearer to 0 or 1 are taken as this near, so that their log odds are finite."""
 
 
-def reliability(
-    confidence_N: np.ndarray,
-    right_N: np.ndarray,
-    equal: Equal = "width",
-    num_bins: int = _NUM_BINS,
-) -> Bins:
-    """Return what was said against what came true, in bins of confidence.
+def _binned(confidence_N: np.ndarray, equal: Equal) -> tuple[np.ndarray, np.ndarray]:
+    """Return the edges, and the bin of each scan: of equal width, or nearly of equal numbers.
 
-    Args:
-        confidence_N: probabilities in [0, 1].
-        right_N: bool, whether it came true.
-        equal: bins of equal width, or (nearly) of equal numbers of scans.
-        num_bins: at most; empty ones, and those that ties fold together, are left out.
-
-    Returns:
-        For each bin low and high (the second included), num, confidence and accuracy (means).
+    Some bins may be empty, and ties fold those of equal numbers together.
     """
-    edges, bin_N = _binned(confidence_N, equal, num_bins)
-    return [
-        {
-            "low": float(edges[b]),
-            "high": float(edges[min(b + 1, len(edges) - 1)]),
-            "num": int((bin_N == b).sum()),
-            "confidence": float(confidence_N[bin_N == b].mean()),
-            "accuracy": float(right_N[bin_N == b].mean()),
-        }
-        for b in np.unique(bin_N)
-    ]
-
-
-def _binned(
-    confidence_N: np.ndarray, equal: Equal, num_bins: int = _NUM_BINS
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the edges, and the bin of each scan."""
-    edges = np.linspace(0, 1, num_bins + 1)
+    edges = np.linspace(0, 1, _NUM_BINS + 1)
     if equal == "mass":
         edges = np.unique(np.quantile(confidence_N, edges))
     return edges, np.searchsorted(edges[1:-1], confidence_N)
-
-
-def expected_calibration_error(bins: Bins) -> float:
-    """Return the mean distance of accuracy from confidence, by scans (Naeini et al. 2015)."""
-    total = sum(b["num"] for b in bins)
-    return float(sum(b["num"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / total)
 
 
 def calibration_figures(
@@ -79,19 +43,30 @@ def calibration_figures(
         healthy: index of the class without a tumour.
 
     Returns:
-        `bins` of equal width, each with the `interval` of its accuracy. As estimates, in mappings:
-        the expected calibration errors `ece` (equal width) and `ece_equal_mass` of the likeliest
-        class, and `class_wise_ece`, the mean over the classes of the error of each class's
-        probability, equal mass (Nixon et al. 2019); `slope` of what came true against the log odds
-        of a tumour (1 is right; below 1, answers are too sure), and `intercept`, with the slope
-        held at 1 (0 is right; above 0, tumours are more frequent than said): Cox 1958.
+        `bins` of equal width, but for empty ones: what was said against what came true. Each has
+        `low` and `high` (the second included), `num`, the means `confidence` and `accuracy`, and
+        the `interval` of the latter. As estimates, in mappings: the expected calibration errors
+        `ece` (equal width) and `ece_equal_mass` of the likeliest class, which are mean distances of
+        accuracy from confidence (Naeini et al. 2015), and `class_wise_ece`, the mean over the
+        classes of the error of each class's probability, equal mass (Nixon et al. 2019); `slope` of
+        what came true against the log odds of a tumour (1 is right; below 1, answers are too sure),
+        and `intercept`, with the slope held at 1 (0 is right; above 0, tumours are more frequent
+        than said): Cox 1958.
     """
     confidence_N, right_N = probs_NK.max(1), probs_NK.argmax(1) == labels_N
-    bins = reliability(confidence_N, right_N)
-    _, bin_N = _binned(confidence_N, "width")
-    for one, b in zip(bins, np.unique(bin_N), strict=True):
-        own_N = bin_N == b
-        one["interval"] = share_of(right_N[own_N], family_N[own_N], _NUM_DRAWS)["by_scan"]
+    edges, bin_N = _binned(confidence_N, "width")
+    bins = [
+        {
+            "low": float(edges[b]),
+            "high": float(edges[b + 1]),
+            "num": int(own_N.sum()),
+            "confidence": float(confidence_N[own_N].mean()),
+            "accuracy": float(right_N[own_N].mean()),
+            "interval": share_of(right_N[own_N], family_N[own_N], _NUM_DRAWS)["by_scan"],
+        }
+        for b in np.unique(bin_N)
+        for own_N in (bin_N == b,)
+    ]
     likeliest = [(confidence_N, right_N)]
     each = [(probs_NK[:, k], labels_N == k) for k in range(probs_NK.shape[1])]
     counts_DF = draw_families(family_N, _NUM_DRAWS, seed=0)

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from bt_core.errors import UnavailableError
+from bt_core.errors import UnavailableError, first_line
 from bt_core.inference.runtime import Answer, PixelsToLogits, in_batches
 from bt_core.models.bundle import RuntimeInfo
 from bt_core.models.classifier import Classifier
@@ -39,7 +39,6 @@ class CompiledRuntime:
         self, classifier: Classifier, preprocessor: Preprocessor, info: RuntimeInfo
     ) -> None:
         self.info = info
-        self.fallback = ""
         self._device = next(classifier.parameters()).device
         on_cpu = self._device.type == "cpu"
         if info.precision == "bf16" and on_cpu and not _cpu_has_bf16():
@@ -60,7 +59,8 @@ class CompiledRuntime:
                 for _ in range(1 if on_cpu else 3):  # to warm up, to record, to replay
                     self.run(black_BSS)
         except Exception as error:  # whatever a compiler raises
-            raise UnavailableError(f"torch.compile: {_first_line(error)}") from error
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise UnavailableError(f"torch.compile: {said}") from error
 
     def run(self, pixels_BSS: np.ndarray) -> Answer:
         """Return logits and features, as `Runtime` says."""
@@ -81,8 +81,3 @@ class CompiledRuntime:
 def _cpu_has_bf16() -> bool:
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from bt_core.errors import UnavailableError
+from bt_core.errors import UnavailableError, first_line, last_line
 from bt_core.inference.runtime import Answer, PixelsToLogits, in_batches
 from bt_core.models.bundle import EXPORTS, INT8_EXPORTS, RuntimeInfo
 from bt_core.models.classifier import Classifier
@@ -50,7 +50,6 @@ class OpenVINORuntime:
         num_threads: int,
     ) -> None:
         self.info = info
-        self.fallback = ""
         self._preprocessor = preprocessor if takes_images(preprocessor) else None
         core = _core()
         capabilities = _capabilities(core)
@@ -74,10 +73,8 @@ class OpenVINORuntime:
             model = core.read_model(model=xml, weights=weights)
             self._compiled = core.compile_model(model, "CPU", settings)
         except Exception as error:  # whatever a reader or compiler raises
-            lines = [line for line in map(str.strip, str(error).splitlines()) if line]
             raise UnavailableError(
-                f"OpenVINO {_openvino_version()} cannot compile the export: "
-                f"{lines[-1] if lines else type(error).__name__}"
+                f"OpenVINO {_openvino_version()} cannot compile the export: {last_line(error)}"
             ) from error
         self._request = self._compiled.create_infer_request()
 
@@ -132,10 +129,7 @@ def export(classifier: Classifier, preprocessor: Preprocessor, batch_size: int) 
         model = openvino.convert_model(exported)
         model.reshape({model.inputs[0]: list(example.shape)})
     except Exception as error:  # whatever a converter raises
-        lines = [line for line in map(str.strip, str(error).splitlines()) if line]
-        raise UnavailableError(
-            f"it cannot be exported: {lines[0] if lines else type(error).__name__}"
-        ) from error
+        raise UnavailableError(f"it cannot be exported: {first_line(error)}") from error
     return model
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from bt_core.errors import UnavailableError
+from bt_core.errors import UnavailableError, first_line
 from bt_core.inference.fidelity import Limits, Measured, compare, doubtful_below, judge
 from bt_core.inference.runtime import Runtime, TorchRuntime, confidence, golden_change, start
 from bt_core.models.bundle import EXPORTS, INT8_EXPORTS, RuntimeInfo
@@ -161,7 +161,7 @@ class _Contest:
             load, device = (lambda: self._classifier), torch.device("cpu")
             runtime = start(load, self._preprocessor, info, files, device)
         except UnavailableError as error:
-            row.why_not = _without_paths(str(error))
+            row.why_not = _without_paths(error)
             return None
         row.start_seconds = round(time.perf_counter() - began, 2)
         logits_NK = runtime.run(self._scans.compared_NSS)[0]
@@ -250,6 +250,6 @@ def _time_in_turns(started: Sequence[_Started], pixels_NSS: np.ndarray) -> None:
         one.measured.images_per_second = round(statistics.median(own), 1)
 
 
-def _without_paths(text: str) -> str:
+def _without_paths(error: UnavailableError) -> str:
     """Return the first line of an error without paths of this machine, for the bundle keeps it."""
-    return re.sub(r"(?<!\w)/[^\s:'\"]+", "...", next(iter(text.splitlines()), ""))
+    return re.sub(r"(?<!\w)/[^\s:'\"]+", "...", first_line(error))

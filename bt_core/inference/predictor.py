@@ -73,12 +73,6 @@ class Predictor:
         return [load() for load in self._loaders]
 
     @property
-    def fallbacks(self) -> dict[str, str]:
-        """Members that run as the reference instead of as the bundle asks, with the reason."""
-        members = zip(self.members, self.runtimes, strict=True)
-        return {m.name: runtime.fallback for m, runtime in members if runtime.fallback}
-
-    @property
     def runtime_names(self) -> dict[str, str]:
         """What each member runs as, as in `openvino bf16`, by its name."""
         members = zip(self.members, self.runtimes, strict=True)

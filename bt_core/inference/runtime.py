@@ -30,8 +30,6 @@ class Runtime(Protocol):
 
     info: RuntimeInfo
     """What runs, which is the reference where the host lacks what the bundle asks for."""
-    fallback: str
-    """Why it is the reference, where the bundle asks for something else; else empty."""
 
     def run(self, pixels_BSS: np.ndarray) -> Answer:
         """Return logits_BK and features_BD, what the head is given, float32, of pixels uint8.
@@ -76,18 +74,12 @@ class TorchRuntime:
             threads, hence one), so this makes a scan's answer the same alone or among others. Four
             is also the fastest: activations stay in the cache. MobileNetV2 at 128 px on one thread
             gave 217 images/s with 4 and 139 with 64.
-        fallback: as in `Runtime`.
     """
 
     def __init__(
-        self,
-        classifier: Classifier,
-        preprocessor: Preprocessor,
-        batch_size: int = 4,
-        fallback: str = "",
+        self, classifier: Classifier, preprocessor: Preprocessor, batch_size: int = 4
     ) -> None:
         self.info = RuntimeInfo(batch_size=batch_size)
-        self.fallback = fallback
         self._graph = PixelsToLogits(classifier, preprocessor)
         self._device = next(classifier.parameters()).device
 
@@ -117,7 +109,6 @@ class CheckedRuntime:
 
     def __init__(self, fast: Runtime, exact: Runtime, info: RuntimeInfo) -> None:
         self.info = info
-        self.fallback = ""
         self._fast, self._exact = fast, exact
 
     def run(self, pixels_BSS: np.ndarray) -> Answer:
@@ -161,6 +152,9 @@ def load_runtime(
         preprocessor: the member's.
         load: gives the member's classifier on the device; not asked where an export does without.
         device: that the members are on.
+
+    Raises:
+        BundleError: if a file of the export is missing.
     """
     wanted = member.runtime
     if wanted.kind == "torch":
@@ -185,7 +179,7 @@ def load_runtime(
             "member %s runs as torch fp32 instead of %s %s: %s",
             member.name, wanted.kind, wanted.precision, error,
         )  # fmt: skip
-        return TorchRuntime(load(), preprocessor, fallback=str(error))
+        return TorchRuntime(load(), preprocessor)
     return runtime
 
 

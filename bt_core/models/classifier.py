@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from bt_core.errors import ConfigError
+from bt_core.errors import ConfigError, first_line
 from bt_core.models.backbones import Backbone, build_backbone
 from bt_core.models.cnn import initialise
 from bt_core.models.spec import HeadSpec, Init, ModelSpec
@@ -54,19 +54,30 @@ class Classifier(nn.Module):
         self.flips = flips
 
     def forward_features(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Return the backbone's last feature map or tokens."""
+        """Return the backbone's last feature map (B, C, h, w) or tokens (B, T, C).
+
+        Some backbones give their feature map channels last, (B, h, w, C).
+        """
         features: torch.Tensor = self.backbone.forward_features(images_BCHW)  # type: ignore[operator]
         return features
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
-        """Return pooled (or flattened) features_BD, what the head is given."""
+        """Return pooled (or flattened) features_BD, what the head is given.
+
+        Args:
+            features: as `forward_features` returns them.
+        """
         if self.flatten:
             return features.flatten(1)
         pooled_BD: torch.Tensor = self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
         return pooled_BD
 
     def forward_head(self, features: torch.Tensor) -> torch.Tensor:
-        """Return logits_BK of the backbone's features."""
+        """Return logits_BK of the backbone's features.
+
+        Args:
+            features: as `forward_features` returns them.
+        """
         logits_BK: torch.Tensor = self.head(self.pool(features))
         return logits_BK
 
@@ -162,7 +173,7 @@ def _num_head_inputs(backbone: Backbone, model: ModelSpec, preprocess: Preproces
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"model.backbone: {model.backbone} cannot take images of {side}x{side}: "
-            f"{str(error).splitlines()[0]}; choose another preprocess.size_px"
+            f"{first_line(error)}; choose another preprocess.size_px"
         ) from error
     backbone.module.train(was_training)
     return features.flatten(1).shape[1]

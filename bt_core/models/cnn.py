@@ -32,7 +32,7 @@ class ConvStack(nn.Module):
         in_chans: channels of the input.
 
     Raises:
-        ValueError: for a layer that is none of these.
+        ValueError: for a layer, padding or init that is none of these.
     """
 
     def __init__(
@@ -72,7 +72,15 @@ class ConvStack(nn.Module):
         return features
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = True) -> torch.Tensor:
-        """Return pooled features_BC; there are no logits here, see the head."""
+        """Return pooled features_BC; there are no logits here, see the head.
+
+        Args:
+            features: as `forward_features` returns them.
+            pre_logits: has to be true.
+
+        Raises:
+            ValueError: if logits are asked for.
+        """
         if not pre_logits:
             raise ValueError("a backbone has no logits; the head is a module of its own")
         return features.mean((2, 3))

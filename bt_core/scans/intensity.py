@@ -70,7 +70,7 @@ def scale_by_percentiles(
 
 
 def colour_to_uint8(image_HWC: np.ndarray, full: float) -> np.ndarray:
-    """Return the grey of red, green and blue, where `full` is the brightest value of a channel."""
+    """Return grey_HW uint8 of red, green and blue; `full` is the brightest value of a channel."""
     red, green, blue = (np.float32(weight) for weight in GREY_WEIGHTS)
     grey = image_HWC[..., 0] * red
     grey += image_HWC[..., 1] * green

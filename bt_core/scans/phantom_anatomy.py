@@ -4,7 +4,8 @@ Drawn from numbers alone: no patient, no atlas, no claim of anatomical truth. Al
 masks over head coordinates, so a seed shows the same head at every size.
 
 Legend: H, W = rows, columns; u to the right, v to the back, in units of the head's half axes (scalp
-at radius 1, inner skull table at `_BRAIN`); intensities in [0, 1]; c = canvas, t = contrast.
+at radius 1, inner skull table at `_BRAIN`); intensities in [0, 1]; c = canvas, t = contrast. All
+arrays of a canvas are float32 (H, W).
 """
 
 import hashlib
@@ -70,21 +71,21 @@ class _Canvas:
         self.image = np.zeros((size_px, size_px), np.float32)
 
     def field(self, cells: int) -> np.ndarray:
-        """Return smooth noise of about unit spread with `cells` bumps across the image."""
+        """Return smooth noise_HW of about unit spread with `cells` bumps across the image."""
         coarse = self.rng.standard_normal((cells, cells), np.float32) * 1.3
         size = (self.size_px, self.size_px)
         return np.asarray(cv2.resize(coarse, size, interpolation=cv2.INTER_CUBIC))
 
     def inside(self, depth: np.ndarray, softness: float = 1.0) -> np.ndarray:
-        """Return the anti-aliased mask, [0, 1], of a depth in head units (positive inside)."""
+        """Return the anti-aliased mask_HW, [0, 1], of a depth_HW in head units, positive inside."""
         return np.clip(depth / (self.pixel * softness) + 0.5, 0, 1)
 
     def paint(self, mask: np.ndarray, value: float | np.ndarray) -> None:
-        """Blend a value into the image where the mask, [0, 1], says so."""
+        """Blend a value, one or (H, W), into the image where the mask_HW, in [0, 1], says so."""
         self.image += mask * (value - self.image)
 
     def ellipse(self, u: float, v: float, ru: float, rv: float, degrees: float = 0.0) -> np.ndarray:
-        """Return the depth inside an ellipse, in head units; positive angles turn clockwise."""
+        """Return the depth_HW inside an ellipse, in head units; positive angles turn clockwise."""
         du, dv = self.u - u, self.v - v
         if degrees:
             c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -208,7 +209,11 @@ def stable_int(text: str) -> int:
 
 
 def render(class_name: str, seed: int, size_px: int) -> np.ndarray:
-    """Return a slice as float32 (H, W) in [0, 1]."""
+    """Return a slice as float32 (H, W) in [0, 1].
+
+    Raises:
+        ValueError: for an unknown class, or a size at which no head can be seen.
+    """
     if class_name not in CLASS_NAMES:
         raise ValueError(f"unknown class {class_name!r}; valid names: {', '.join(CLASS_NAMES)}")
     if size_px < _MIN_SIZE_PX:

@@ -120,10 +120,13 @@ def seen_box(image_HW: np.ndarray, spec: PreprocessSpec) -> Box:
 
 
 def crop_to_head(image_HW: np.ndarray) -> np.ndarray:
-    """Return the bounding box of the largest region above Otsu's threshold, as a view.
+    """Return the bounding box of the largest region above Otsu's threshold, as a view (h, w).
 
     The image is returned whole if that region covers less than a tenth of it: then no head was
     found.
+
+    Args:
+        image_HW: uint8.
     """
     contour = _head_contour(image_HW)
     if contour is None:
@@ -162,7 +165,7 @@ def _pad_to_square(image_HW: np.ndarray) -> np.ndarray:
 
 
 def golden_image() -> np.ndarray:
-    """Return a fixed 160x144 uint8 image of integer arithmetic only: a textured disc on black."""
+    """Return a fixed image (160, 144) uint8 of integers alone: a textured disc on black."""
     y, x = np.mgrid[0:160, 0:144]
     disc = (x - 72) ** 2 + (y - 80) ** 2 < 64**2
     return np.where(disc, (x * 7 + y * 13 + x * y // 11) % 256, 0).astype(np.uint8)

@@ -35,7 +35,10 @@ SPECTRUM_LENGTH: Final = _FREQUENCIES**2 + len(_BAND_EDGES) - 1
 
 
 def transformed(image_HW: np.ndarray, transform: int) -> np.ndarray:
-    """Return a view of an image, or of a stack in its last two axes, under `TRANSFORMS`."""
+    """Return a view of an image, or of a stack (..., H, W) of images, under `TRANSFORMS`.
+
+    Quarter turns exchange H and W.
+    """
     turned = np.rot90(image_HW, transform // 2, axes=(-2, -1))
     return turned[..., ::-1] if transform % 2 else turned
 

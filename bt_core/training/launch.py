@@ -19,9 +19,9 @@ from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 
 from bt_core import storage
-from bt_core.data.catalog import Dataset
+from bt_core.data.catalog import Dataset, groups_of
 from bt_core.data.views import ensure_view, read_view
-from bt_core.errors import DatasetError, RunError, UsageError
+from bt_core.errors import DatasetError, RunError, UsageError, last_line
 from bt_core.log import logger, run_id
 from bt_core.models.classifier import build_classifier
 from bt_core.models.inputs import Preprocessor
@@ -290,8 +290,7 @@ def _finish(
     if clean.num_rows:
         ids = validation["scan_id"]
         validation = validation.filter(pc.is_in(ids, clean["scan_id"].combine_chunks()))
-    columns = known.select(["scan_id", "group"]).to_pydict()
-    group_of = dict(zip(columns["scan_id"], columns["group"], strict=True))
+    group_of = groups_of(known)
     groups = [group_of[scan_id] for scan_id in validation["scan_id"].to_pylist()]
     validation = validation.append_column("group", pa.array(groups, pa.string()))
     info = RunInfo(
@@ -336,5 +335,4 @@ def _root_cause(error: BaseException) -> str:
             "a node ran low on memory and a worker was ended; lower train.batch_size and raise "
             "train.accumulation_steps by the same factor, or use fewer workers"
         )
-    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(inner).__name__
+    return last_line(inner)

@@ -31,7 +31,7 @@ class ClassificationLoss(nn.Module):
         self._smoothing, self._gamma = label_smoothing, focal_gamma
 
     def forward(self, logits_BK: torch.Tensor, targets_BK: torch.Tensor) -> torch.Tensor:
-        """Return the loss of float32 logits against shares of the classes that sum to 1."""
+        """Return the loss, a scalar, of float32 logits against shares of classes that sum to 1."""
         num_classes = logits_BK.shape[1]
         smooth_BK = targets_BK * (1 - self._smoothing) + self._smoothing / num_classes
         weights_BK = smooth_BK * self.weight_K

@@ -154,7 +154,7 @@ def _p_values(difference_MM: np.ndarray, variance_MM: np.ndarray, degrees: int) 
 
 
 def holm_of_pairs(p_MM: np.ndarray) -> np.ndarray:
-    """Return the p values of all pairs of a symmetric matrix, corrected by Holm's method."""
+    """Return p_MM, symmetric, with its pairs corrected by Holm's method and a diagonal of 1."""
     upper = np.triu_indices(len(p_MM), 1)
     result_MM = np.ones_like(p_MM)
     result_MM[upper] = holm(p_MM[upper].tolist())

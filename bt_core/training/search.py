@@ -24,7 +24,7 @@ from ray.util.metrics import Counter
 from bt_core import storage
 from bt_core.data.catalog import Dataset
 from bt_core.data.views import ensure_view
-from bt_core.errors import RunError, StoreError
+from bt_core.errors import RunError, StoreError, last_line
 from bt_core.log import logger
 from bt_core.telemetry import EPOCHS, exported
 from bt_core.training.learner import is_out_of_memory
@@ -90,7 +90,7 @@ def search(job: Job) -> bool:
     try:
         grid = tuner.fit()
     except tune.TuneError as error:
-        raise RunError(f"the sweep failed: {str(error).strip().splitlines()[-1]}") from error
+        raise RunError(f"the sweep failed: {last_line(error)}") from error
     # Tune says nothing of an interrupt, but its handler of Ctrl-C puts the one before back.
     if threading.current_thread() is threading.main_thread():
         if signal.getsignal(signal.SIGINT) is before:
@@ -278,9 +278,9 @@ def _settle(job: Job, trials: Sequence[Any]) -> None:
         record = record or begin(trial.config, job, trial.trial_id)
         write_record(job.location, record.model_copy(update=update))
     if cut_off:
-        last = f"{cut_off[0].get_error()}".strip().splitlines()[-1]
+        why = last_line(cut_off[0].get_error())
         raise RunError(
-            f"{len(cut_off)} of {len(trials)} trials could not go on ({last}); what is trained is "
+            f"{len(cut_off)} of {len(trials)} trials could not go on ({why}); what is trained is "
             "kept, and the same command goes on from there"
         )
 
@@ -303,4 +303,4 @@ def _reason_of_death(trial: Any) -> str:
         return "out_of_memory: Ray ended the trial's process; use a smaller batch or fewer trials"
     if "died" in text:
         return f"killed: the trial's process died {_MAX_DEATHS + 1} times"
-    return f"error: {text.strip().splitlines()[-1]}"
+    return f"error: {last_line(trial.get_error())}"

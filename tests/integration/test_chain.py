@@ -122,7 +122,7 @@ def test_the_report_agrees_with_its_own_predictions(chain):
     assert "not a medical device" in page
     opening = openings(str(chain.data))[0]
     assert (opening.command, opening.dataset_digest) == ("evaluate", metrics["dataset_digest"])
-    assert opening.run_id == metrics["bundle_id"]
+    assert opening.bundle_id == metrics["bundle_id"]
     assert metrics["num_test_openings"] == 1
     assert page.count("<img") == len(list(chain.report.glob("*.png"))) >= 7
     assert "Where it looks" in page

@@ -396,7 +396,7 @@ import sys
 import numpy as np
 import ray
 from ray.cluster_utils import Cluster
-from bt_core.data import guard
+from bt_core.data import decode_guard
 from bt_core.data.catalog import Dataset, ref_columns
 from bt_core.data.decode_stage import DecodeStage
 from bt_core.data.views import ensure_view
@@ -409,14 +409,14 @@ ray.init(address=cluster.address)
 refs = ref_columns(list_scans(sys.argv[1]).refs)
 columns = {name: np.array(values) for name, values in refs.items()}
 stage = DecodeStage((PreprocessSpec(size_px=512),))  # large enough for the object store
-task = guard._run_stage.options(resources={"other": 1}).remote(stage, columns)
+task = decode_guard._run_stage.options(resources={"other": 1}).remote(stage, columns)
 ray.wait([task], fetch_local=False)
 cluster.remove_node(node)
 try:
     ray.get(task)
 except ray.exceptions.ObjectLostError:
     print("lost")
-rows = guard._outcome(task, columns, stage)
+rows = decode_guard._outcome(task, columns, stage)
 print("again", rows["scan_id"].tolist() == refs["scan_id"], set(rows["reason"].tolist()))
 """
 

@@ -62,7 +62,9 @@ def test_the_outcome_is_written_and_the_fastest_accepted_one_runs(chain, fast):
 
 
 def test_the_optimised_bundle_scores_the_archive_alike(chain, fast, tmp_path):
-    assert Predictor(Bundle(str(fast))).fallbacks == {}
+    bundle = Bundle(str(fast))
+    asked = {m.name: f"{m.runtime.kind} {m.runtime.precision}" for m in bundle.info.members}
+    assert Predictor(bundle).runtime_names == asked
     assert bt("score", fast, chain.archive, "-o", tmp_path / "scores") == 0
     folders = (chain.scores / "scores", tmp_path / "scores" / "scores")
     slow, quick = (

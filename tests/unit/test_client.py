@@ -1,6 +1,7 @@
 """The Python client against the real API under uvicorn, on connections that really break."""
 
 import ast
+import io
 import socket
 import sys
 import threading
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import uvicorn
 from fastapi.responses import PlainTextResponse
+from PIL import Image
 
 from serve import client as client_module
 from serve.api import build_api
@@ -123,6 +125,17 @@ def test_a_scan_from_bytes_or_a_file_gets_its_answer(client, app, tmp_path):
     path.write_bytes(SCANS[0])
     assert client.predict(path) == client.predict(str(path)) == answer
     assert client.model()["bundle_id"] == answer.bundle_id
+
+
+def test_a_scan_is_explained_in_figures_or_as_a_picture(client):
+    found = client.explain(SCANS[0])
+    assert found["predicted_label"] == client.predict(SCANS[0]).predicted_label
+    assert found["heat_members"] == ["m0"]
+    with Image.open(io.BytesIO(client.explain_png(SCANS[0]))) as overlay:
+        assert overlay.format == "PNG"
+    for explain in (client.explain, client.explain_png):
+        with pytest.raises(ScanRefusedError):
+            explain(BAD)
 
 
 def test_names_of_files_stay_here(client, app, tmp_path):

@@ -8,8 +8,8 @@ from scipy.stats import binomtest
 
 from bt_core.errors import UsageError
 from bt_core.evaluation.comparison import compare, permutation_p_value
-from bt_core.evaluation.gate import Requirement
 from bt_core.evaluation.predictions import Scans
+from bt_core.evaluation.requirements import Requirement
 from bt_core.labels import LABEL_SPACES
 
 SPACE = LABEL_SPACES["four_class"]

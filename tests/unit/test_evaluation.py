@@ -13,8 +13,6 @@ from bt_core.evaluation.intervals import estimate, share_of
 from bt_core.evaluation.predictions import SLICE_COLUMNS, Scans, join_truth
 from bt_core.evaluation.reliability import (
     calibration_figures,
-    expected_calibration_error,
-    reliability,
 )
 from bt_core.evaluation.report import evaluate
 from bt_core.evaluation.slices import slice_figures
@@ -115,18 +113,34 @@ def test_a_bundle_that_was_trained_on_every_scan_has_no_clean_figures():
     assert found["all"]["calibration"]["ece"]["value"] > 0
 
 
-@pytest.mark.parametrize(("equal", "strategy"), [("width", "uniform"), ("mass", "quantile")])
-def test_reliability_bins_are_scikit_learns(equal, strategy):
+def test_bins_and_expected_calibration_errors_are_of_scikit_learns_bins():
     generator = np.random.default_rng(1)
-    said = generator.random(400).round(2)
-    came_true = generator.random(400) < said
-    bins = reliability(said, came_true, equal, num_bins=10)
-    true, predicted = calibration_curve(came_true, said, n_bins=10, strategy=strategy)
-    assert [b["accuracy"] for b in bins] == pytest.approx(true)
-    assert [b["confidence"] for b in bins] == pytest.approx(predicted)
-    assert sum(b["num"] for b in bins) == 400
-    error = sum(b["num"] * abs(t - p) for b, t, p in zip(bins, true, predicted, strict=True)) / 400
-    assert expected_calibration_error(bins) == pytest.approx(error)
+    num_scans = 399  # so that no scan lies on an edge
+    probs = generator.dirichlet(np.ones(3), size=num_scans)
+    labels = generator.integers(3, size=num_scans)
+    confidence, right = probs.max(1), probs.argmax(1) == labels
+    found = calibration_figures(labels, probs, np.arange(num_scans), 0)
+    shares = np.linspace(0, 1, 16)
+    for name, strategy, edges in (
+        ("ece", "uniform", shares),
+        ("ece_equal_mass", "quantile", np.quantile(confidence, shares)),
+    ):
+        true, said = calibration_curve(right, confidence, n_bins=15, strategy=strategy)
+        num = np.histogram(confidence, edges)[0]
+        error = np.average(np.abs(true - said), weights=num[num > 0])
+        assert found[name]["value"] == pytest.approx(error)
+        if strategy == "uniform":
+            assert [b["accuracy"] for b in found["bins"]] == pytest.approx(true)
+            assert [b["confidence"] for b in found["bins"]] == pytest.approx(said)
+            assert [b["num"] for b in found["bins"]] == num[num > 0].tolist()
+
+
+def test_equal_confidences_are_one_bin():
+    probs, labels = np.tile([0.7, 0.2, 0.1], (60, 1)), np.repeat([0, 1], 30)
+    found = calibration_figures(labels, probs, np.arange(60), 0)
+    assert found["ece"]["value"] == pytest.approx(0.2)
+    assert found["ece_equal_mass"]["value"] == pytest.approx(0.2)
+    assert [b["num"] for b in found["bins"]] == [60]
 
 
 def test_calibration_tells_a_boaster_from_an_honest_one():

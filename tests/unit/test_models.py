@@ -27,6 +27,7 @@ from bt_core.models.bundle import (
 )
 from bt_core.models.bundle_writer import write_card
 from bt_core.models.classifier import build_classifier, build_head, rebuild_classifier
+from bt_core.models.cnn import ConvStack
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.spec import HeadSpec, ModelSpec
 from bt_core.models.training_index import TrainingIndex
@@ -430,6 +431,16 @@ def test_a_stack_that_cannot_be_built_says_why(arguments, size, text):
     spec = ModelSpec(backbone="conv_stack", backbone_args=arguments, weights="none")
     with pytest.raises(ConfigError, match=text):
         build_classifier(spec, PreprocessSpec(size_px=size), 4)
+
+
+def test_a_backbone_that_refuses_a_size_without_a_word_is_refused_as_well(monkeypatch):
+    def refuse(self, images_BCHW):
+        raise AssertionError
+
+    monkeypatch.setattr(ConvStack, "forward_features", refuse)
+    spec = ModelSpec(backbone="conv_stack", backbone_args={"layers": [8]}, weights="none")
+    with pytest.raises(ConfigError, match="cannot take images of 48x48: AssertionError"):
+        build_classifier(spec, PreprocessSpec(size_px=48), 4)
 
 
 @pytest.mark.parametrize("pool", ["backbone", "flatten"])

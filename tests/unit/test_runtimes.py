@@ -109,7 +109,6 @@ def test_every_kind_of_member_is_exported_and_equals_the_reference(kind):
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, reference, atol=1e-4, rtol=1e-4)
     assert_same_alone_and_among_others(runtime, scans)
-    assert runtime.fallback == ""
     assert runtime.num_threads == 1
 
 
@@ -198,7 +197,6 @@ def test_a_bundle_runs_the_member_as_it_says_and_the_export_is_digested(tmp_path
     assert bundle.training_index() == plain.training_index()
     predictor = Predictor(bundle)
     assert [type(r) for r in predictor.runtimes] == [OpenVINORuntime, TorchRuntime]
-    assert predictor.fallbacks == {}
     pixels = [scans_of(Preprocessor(m.preprocess), 5) for m in bundle.info.members]
     np.testing.assert_allclose(predictor.logits(pixels), Predictor(plain).logits(pixels), atol=1e-4)
     for name in ("openvino.xml", "openvino.bin"):
@@ -224,7 +222,6 @@ def warned():
 def assert_reference_runs(location, warned, reason):
     predictor = Predictor(Bundle(str(location)))
     assert predictor.runtimes[0].info.kind == "torch"
-    assert reason in predictor.fallbacks["m0"]
     (line,) = [line for line in warned if "torch fp32 instead of openvino" in line]
     assert line.startswith("member m0 runs as torch fp32")
     assert reason in line

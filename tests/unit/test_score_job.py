@@ -22,10 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bt_core import log
-from bt_core.data.crash_guard import COMPUTE_SECONDS, CrashGuard, Tries
 from bt_core.data.manifest import PIECE_ROWS, ManifestWriter, RefDigest
 from bt_core.data.publish import publish
 from bt_core.data.score_work import ScoreJob, ScoreWork, device_as_begun, refuse_foreign, writing
+from bt_core.data.scorer_guard import COMPUTE_SECONDS, CrashGuard, Tries
 from bt_core.errors import RunError, UsageError
 from bt_core.locks import locked
 from bt_core.scans.archives import list_scans

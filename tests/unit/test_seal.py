@@ -38,13 +38,22 @@ def test_test_rows_and_pixels_are_refused_with_the_reason(dataset):
 def test_every_opening_is_on_record_and_counted_for_its_split(dataset):
     assert dataset.open_test("evaluate", "first")["scan_id"].to_pylist() == ["c"]
     dataset.open_test("evaluate", "second")
-    assert [o.run_id for o in openings(dataset.location)] == ["first", "second"]
+    assert [o.bundle_id for o in openings(dataset.location)] == ["first", "second"]
     assert dataset.num_openings() == 2
     grown = Dataset(dataset.location, dataset.info.model_copy(update={"digest": "e"}))
     assert grown.num_openings() == 0, "another split"
     assert set(openings(dataset.location)[0].model_dump()) == {
-        "opened_at", "command", "run_id", "dataset_digest"
+        "opened_at", "command", "bundle_id", "dataset_digest"
     }  # fmt: skip
+
+
+def test_openings_that_were_recorded_under_older_names_count(dataset):
+    old = {"opened_at": "2025-01-01T00:00:00+00:00", "command": "evaluate", "run_id": "first"}
+    place = storage.join(dataset.location, "test_openings", "20250101T000000.000000Z-0.json")
+    storage.write_json(place, old | {"dataset_digest": "d"})
+    dataset.open_test("evaluate", "second")
+    assert [o.bundle_id for o in openings(dataset.location)] == ["first", "second"]
+    assert dataset.num_openings() == 2
 
 
 def test_the_split_of_every_picture_is_known_without_opening(dataset):

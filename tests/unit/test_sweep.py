@@ -30,7 +30,7 @@ from bt_core.training.noise import (
     scan_noise,
     training_noise,
 )
-from bt_core.training.search import _scheduler, _settle
+from bt_core.training.search import _reason_of_death, _scheduler, _settle
 from bt_core.training.sweep import SweepSpec, candidates, load_sweep, preprocessings
 from bt_core.training.sweep_job import plan_slots, point_of, read_record, write_record
 from bt_core.training.trial import FitRecord, TrialRecord, reason_of, with_weights
@@ -444,3 +444,4 @@ def test_reasons_begin_with_a_code():
     assert reason_of(RuntimeError("DefaultCPUAllocator: can't allocate memory")).startswith("out_")
     assert reason_of(ConfigError("no")).startswith("refused: ")
     assert reason_of(KeyError("x")).startswith("error: KeyError")
+    assert _reason_of_death(SimpleNamespace(get_error=AssertionError)).startswith("error: ")

@@ -12,7 +12,7 @@ import pytest
 from bt_core.errors import UsageError
 from bt_core.scans.phantom import phantom_slice
 from serve.access import require
-from serve.audit import AuditLog
+from serve.access_log import AuditLog
 from serve.keys import add_key
 from tests.hosted import SCANS, bearer, client_of, files, tiny_hosted
 from tests.scan_files import dicom_object

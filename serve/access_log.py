@@ -1,4 +1,4 @@
-"""The audit log: who asked when for what, and what was answered; no pixels, nothing of a patient.
+"""The audit log of accesses: who asked when for what and got what; no pixels, nothing of a patient.
 
 One JSON line for each scan that was answered or refused, and one for each request without scans
 that was denied or was to change something. Requests of strangers lie in a file of their own:
