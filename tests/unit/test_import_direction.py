@@ -39,7 +39,7 @@ TOP_LEVEL["serve"] = {"bt_core", "cluster"}
 # Of each other these import nothing but the modules named here.
 DOORS = {
     ("jobs", "serve"): {"access", "app", "batch", "front", "keys", "settings", "tracing"},
-    ("serve", "cluster"): {"submit"},
+    ("serve", "cluster"): {"environment", "submit"},
 }
 ONLY_IN = {
     "cv2": ("bt_core/scans/", "jobs/baselines.py"),
