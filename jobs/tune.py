@@ -12,7 +12,6 @@ from jobs.recipes_folder import RECIPES
 
 if TYPE_CHECKING:
     from bt_core.data.catalog import Dataset
-    from bt_core.locks import locked
     from bt_core.training.sweep import SweepSpec
     from bt_core.training.sweep_job import Job
 
@@ -57,6 +56,7 @@ def run(
     """Try recipes and settings on validation scans only, or go on with an interrupted sweep."""
     from bt_core.config import parse
     from bt_core.data.catalog import Dataset
+    from bt_core.locks import locked
     from bt_core.training.cpu import WORKER_ENV
     from bt_core.training.search import prepare_views, search
     from bt_core.training.sweep import SweepSpec, candidates, load_sweep
