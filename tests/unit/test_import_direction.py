@@ -11,13 +11,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-FOUNDATIONS = {"errors", "labels", "log", "storage", "stores"}
+FOUNDATIONS = {"errors", "labels", "log", "storage", "store_errors", "stores"}
 # A package of bt_core may import itself and what is listed here.
 ALLOWED = {
     "errors": set(),
     "log": {"errors"},
     "labels": {"errors"},
-    "stores": {"errors"},
+    "store_errors": {"errors"},
+    "stores": {"errors", "store_errors"},
     "storage": {"errors", "stores"},
     "config": FOUNDATIONS,
     "scans": FOUNDATIONS | {"config"},
