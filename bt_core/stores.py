@@ -29,7 +29,7 @@ from bt_core.store_errors import refuse_away as refuse_away
 
 T = TypeVar("T")
 MAX_ATTEMPTS: Final = 8
-"""Of a request to S3, with pauses that double: 50 s in all. `AWS_MAX_ATTEMPTS` changes it."""
+"""Of a request to S3, with pauses that double: up to 70 s in all. `AWS_MAX_ATTEMPTS` changes it."""
 VARIABLES: Final = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION",
     "AWS_MAX_ATTEMPTS",
