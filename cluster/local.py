@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ from typing import BinaryIO, Final
 
 from bt_core.errors import RunError, UsageError
 from bt_core.log import RUN_ID
-from cluster.submit import SCORING_JOB
+from cluster.submit import SCORING_JOB, refuse_silent
 from cluster.token import TOKEN_FILE, has_token
 
 _START_SECONDS: Final = 120.0
@@ -110,10 +111,32 @@ def head(options: NodeOptions, port: int, dashboard_port: int) -> Iterator[Node]
 
 @contextmanager
 def worker(options: NodeOptions, address: str) -> Iterator[Node]:
-    """Run a node that joins the head at an address, while the block runs; as `head`."""
-    _make_token()
+    """Run a node that joins the head at an address, while the block runs.
+
+    Raises:
+        UsageError: if nobody answers there, it is no HOST:PORT, or there is no token here.
+        RunError: if it does not start.
+    """
+    host, port = _head_of(address)
+    _refuse_unprotected()
+    if not has_token():
+        raise UsageError(
+            f"there is no token here, and {address} wants its own: copy {TOKEN_FILE} from the "
+            "head's machine to this one"
+        )
+    refuse_silent(host, port, address)
     with _node(options, [f"--address={address}"]) as node:
         yield node
+
+
+def _head_of(address: str) -> tuple[str, int]:
+    found = re.fullmatch(r"(\[[^\]]+\]|[^\s:/\[\]]+):(\d{1,5})", address)
+    if found is None:
+        raise UsageError(
+            f"{address}: write it as HOST:PORT of the head, as in HOST:6379; a dashboard's port, "
+            "8265, is for --submit"
+        )
+    return found[1].strip("[]"), int(found[2])
 
 
 @contextmanager
@@ -154,22 +177,23 @@ def _node(options: NodeOptions, words: list[str]) -> Iterator[Node]:
 
 
 def _make_token() -> None:
-    """Make the token that every request to a cluster must show, if there is none.
-
-    Raises:
-        UsageError: if protection by it is switched off.
-    """
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
-        raise UsageError(
-            f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}: whoever reaches a cluster without a "
-            "token runs code on it, so none is started; unset the variable"
-        )
+    """Make the token that every request to a cluster must show, if there is none."""
+    _refuse_unprotected()
     if not has_token():  # by Ray itself; it prints the token
         command = [sys.executable, "-m", "ray.scripts.scripts", "get-auth-token", "--generate"]
         environment = {**os.environ, "RAY_AUTH_MODE": "token"}
         subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
     if (file := TOKEN_FILE.expanduser()).exists():
         file.chmod(0o600)
+
+
+def _refuse_unprotected() -> None:
+    """Raise UsageError if Ray's protection by a token is switched off."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        raise UsageError(
+            f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}: whoever reaches a cluster without a "
+            "token runs code on it, so none is started; unset the variable"
+        )
 
 
 def _check_free(host: str, port: int) -> None:

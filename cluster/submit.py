@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import shlex
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from bt_core import storage
-from bt_core.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
+from bt_core.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError, first_line
 from bt_core.log import logger, run_id
 from cluster.environment import job_environment
 from cluster.token import use_token
@@ -26,6 +27,7 @@ _LOOK_SECONDS: Final = 30.0
 """Between two looks whether the cluster of a job can still be reached, and for each."""
 _ANSWER_SECONDS: Final = 60.0
 """That a cluster may take to answer a request."""
+_REACH_SECONDS: Final = 10.0
 _STOP_SECONDS: Final = 30.0
 """That a job may take to stop. Ray kills what has not ended 3 s after it was asked to."""
 _TALKATIVE: Final = (
@@ -89,16 +91,17 @@ def follow(address: str, job: str, follower: Follower) -> int:
     return _followed(client, address, job, _info(client, job).entrypoint, follower)
 
 
-def stop(address: str, job: str) -> "JobDetails":
-    """Ask a job to stop, and return what is known of it when it has ended.
+def stop(address: str, job: str) -> "tuple[JobDetails, bool]":
+    """Ask a job to stop; return what is known of it when it has ended, and whether it had before.
 
     Raises:
         UsageError: if the cluster cannot be reached or refuses the token, or has no such job.
         RunError: if it does not end for half a minute, as one that has not begun.
     """
     client = _client(address)
-    _info(client, job)
-    return _stopped(client, job)
+    if (before := _info(client, job)).status.is_terminal():
+        return before, True
+    return _stopped(client, job), False
 
 
 def submitted(address: str) -> list["JobDetails"]:
@@ -207,6 +210,7 @@ def _client(address: str) -> "JobSubmissionClient":
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"cluster {address}: write it as http://HOST:8265")
     use_token(address)
+    refuse_silent(*_host_and_port(address), address)
     from ray.exceptions import AuthenticationError
 
     for name in _TALKATIVE:
@@ -214,11 +218,27 @@ def _client(address: str) -> "JobSubmissionClient":
     try:
         return _connected(address)
     except (OSError, RuntimeError, AuthenticationError) as error:  # the first of requests, too
-        first = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"cluster {address}: {first}; check the address and the token (RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH)"
+            f"cluster {address}: {first_line(error).rstrip('.')}; check the address and the "
+            "token: the address is a dashboard's (8265, not 6379), and its token lies in "
+            "~/.ray/auth_token or is given by RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from error
+
+
+def refuse_silent(host: str, port: int, shown: str) -> None:
+    """Raise UsageError if nobody listens on a port, which Ray's own clients ask again for long."""
+    try:
+        socket.create_connection((host, port), timeout=_REACH_SECONDS).close()
+    except OSError as error:
+        raise UsageError(
+            f"nobody answers at {shown} ({error.strerror or 'no answer'}); is the cluster up, and "
+            "is this its address?"
+        ) from error
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    place = urlsplit(address)
+    return place.hostname or "", place.port or (443 if place.scheme == "https" else 80)
 
 
 def _connected(address: str) -> "JobSubmissionClient":
@@ -242,13 +262,12 @@ async def _stream(
         OSError: if the cluster cannot be reached any more. A machine that is switched off does not
             close the connection over which the log comes.
     """
-    place = urlsplit(address)
-    port = place.port or (443 if place.scheme == "https" else 80)
+    host, port = _host_and_port(address)
     streaming = asyncio.create_task(_show_log(client, job, show))
     while not streaming.done():
         await asyncio.wait({streaming}, timeout=_LOOK_SECONDS)
         if not streaming.done():
-            reached = asyncio.open_connection(place.hostname, port)
+            reached = asyncio.open_connection(host, port)
             _, writer = await asyncio.wait_for(reached, timeout=_LOOK_SECONDS)
             writer.close()
     await streaming

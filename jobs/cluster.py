@@ -55,9 +55,10 @@ def run_up(
             print(f"more nodes: bt cluster join {address} --host ADDRESS, with the same token")
         print("Ctrl-C ends it", flush=True)
         _wait(stopped, running[0])
-        print("ending", flush=True)
+        print("ending, which takes up to half a minute", flush=True)
         for node in running[1:]:
             node.stop()
+    print("ended")
     return EXIT_OK
 
 

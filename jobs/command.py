@@ -59,6 +59,8 @@ _SUBMIT = Annotated[
         help="Run this command as a job on that Ray cluster; paths must be visible there.",
     ),
 ]
+_HIDDEN_SUBMIT = Annotated[str | None, typer.Option("--submit", hidden=True)]
+"""Of commands that are refused as jobs, with what to do instead."""
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks and all log lines.")]
 
 
@@ -94,12 +96,14 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
         raise typer.Exit(code)
 
     signature = inspect.signature(run)
+    is_no_job = name.startswith(("keys ", "jobs ", "cluster "))
+    submit_option = _HIDDEN_SUBMIT if is_no_job else _SUBMIT
     first = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
     )
     extra = [
         inspect.Parameter(
-            "submit", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_SUBMIT
+            "submit", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=submit_option
         ),
         inspect.Parameter(
             "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_DEBUG
@@ -108,7 +112,7 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
     wrapped.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[first, *signature.parameters.values(), *extra], return_annotation=None
     )
-    given = {"context": typer.Context, "submit": _SUBMIT, "debug": _DEBUG}
+    given = {"context": typer.Context, "submit": submit_option, "debug": _DEBUG}
     wrapped.__annotations__ = {**run.__annotations__, **given}
     return wrapped
 

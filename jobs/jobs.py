@@ -28,7 +28,10 @@ def run_list(cluster: ClusterOption = _HERE) -> int:
     """Show the jobs of a cluster, the oldest first: state, when it began, how long, command."""
     from cluster.submit import submitted
 
-    for job in submitted(cluster):
+    found = submitted(cluster)
+    if not found:
+        print(f"no jobs at {cluster}")
+    for job in found:
         began = _time(job.start_time)
         ended = _time(job.end_time) or datetime.now(UTC)
         lasted = f"{(ended - began).total_seconds():.0f} s" if began else "-"
@@ -48,8 +51,8 @@ def run_stop(job: JobArgument, cluster: ClusterOption = _HERE) -> int:
     """Stop a job."""
     from cluster.submit import stop
 
-    details = stop(cluster, job)
-    print(f"{job}: {details.status.value}")
+    details, had_ended = stop(cluster, job)
+    print(f"{job}: {'had ended before: ' if had_ended else ''}{details.status.value}")
     if details.status == "STOPPED":
         print(f"to have it done, {again(details.entrypoint)}")
     return EXIT_OK

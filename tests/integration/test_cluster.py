@@ -152,6 +152,18 @@ def test_without_protection_none_is_started(tmp_path):
     assert "runs code on it, so none is started; unset the variable" in done.stderr
 
 
+def test_a_node_that_cannot_join_says_why_and_makes_no_token(cluster, tmp_path):
+    for head, changed, said in (
+        ("127.0.0.1", {}, "127.0.0.1: write it as HOST:PORT of the head"),
+        (f"127.0.0.1:{free_port()}", {}, "nobody answers at 127.0.0.1:"),
+        (cluster.address, {"HOME": str(tmp_path)}, "copy ~/.ray/auth_token from the head"),
+    ):
+        done = cluster.bt("cluster", "join", head, "--host", "127.0.0.1", **changed)
+        assert done.returncode == EXIT_USAGE, done.stdout + done.stderr
+        assert said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_port_that_is_taken_is_said_so(cluster):
     port = cluster.address.rpartition(":")[2]
     done = cluster.bt("cluster", "up", "--port", port, "--dashboard-port", free_port())

@@ -115,6 +115,8 @@ def test_jobs_are_listed_followed_and_stopped(dashboard, capsys):
     assert bt("jobs", "stop", endless, "--cluster", dashboard) == 0
     assert capsys.readouterr().out == f"{endless}: STOPPED\nto have it done, submit it again\n"
     assert client.get_job_status(endless) == JobStatus.STOPPED
+    assert bt("jobs", "stop", endless, "--cluster", dashboard) == 0
+    assert f"{endless}: had ended before: STOPPED\n" in capsys.readouterr().out
 
 
 def wait_until(client, job, status):
