@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import requests
@@ -119,10 +120,9 @@ def test_nobody_without_the_token_is_answered(cluster, tmp_path):
 
 def test_the_dashboard_is_for_this_machine_and_the_head_refuses_strangers(cluster, tmp_path):
     """Ray's head listens on all addresses, whatever it is told; so the token has to keep it."""
-    listening = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout
-    port = cluster.dashboard.rpartition(":")[2]
-    places = [line.split()[3] for line in listening.splitlines()]
-    assert [place for place in places if place.endswith(f":{port}")] == [f"127.0.0.1:{port}"]
+    port = int(cluster.dashboard.rpartition(":")[2])
+    listening = [c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert [place.ip for place in listening if place.port == port] == ["127.0.0.1"]
     line = [sys.executable, "-c", "import ray; ray.init(log_to_driver=False); print('joined')"]
     joining = cluster.environment | {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token"}
     tried = [
