@@ -128,11 +128,11 @@ class Site:
             text=True,
         )
 
-    def busy(self, job, title, nodes=None):
-        """Wait until a process of that title works on one of these nodes; return the node."""
+    def busy(self, job, title):
+        """Wait until a process of that title works on a node; return the node."""
         deadline = time.monotonic() + 300
         while job.poll() is None and time.monotonic() < deadline:
-            for i in nodes or self.nodes:
+            for i in self.nodes:
                 for process in self.processes(i):
                     try:
                         if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
@@ -297,7 +297,7 @@ def test_a_node_whose_disk_is_full_costs_no_result(site, work, tmp_path):
         stack.callback(site.join, 1)
         stack.callback(site.kill, 1)
         job = site.start(*work.words("score", tmp_path))
-        site.busy(job, TITLES["score"], [1])
+        site.busy(job, TITLES["score"])
         fill(disk)
         assert job.poll() is None, "it was filled in the middle"
         code, said = ended(job)
