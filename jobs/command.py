@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from bt_core import log, storage
-from bt_core.errors import EXIT_FAILED, BtError, StoreError, UsageError
+from bt_core.errors import EXIT_FAILED, BtError, StoreError, UsageError, last_line
 from bt_core.stores import refuse_away
 
 if TYPE_CHECKING:
@@ -216,13 +216,8 @@ def _explained(error: Exception, name: str) -> tuple[str, int]:
         return f"{away}{GOES_ON.get(name, '')}", away.exit_code
     if isinstance(error, BtError):
         return " ".join(str(error).split()), error.exit_code
-    return f"{_last_line(error)} (--debug shows where)", EXIT_FAILED
-
-
-def _last_line(error: Exception) -> str:
-    """Return where Ray's nested tracebacks say what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+    said = f"{type(error).__name__}: {last_line(str(error))}"  # under Ray's nested tracebacks
+    return f"{said} (--debug shows where)", EXIT_FAILED
 
 
 def _say(text: str) -> None:

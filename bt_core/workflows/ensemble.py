@@ -7,12 +7,12 @@ import numpy as np
 from ray.exceptions import RayError
 
 from bt_core import storage
-from bt_core.data.catalog import Dataset
+from bt_core.data.catalog import Dataset, groups_of
 from bt_core.data.views import ensure_view, read_pixels
 from bt_core.ensemble.build import Options, assemble
 from bt_core.ensemble.drift import fit_drift
 from bt_core.ensemble.far import FarDetector
-from bt_core.errors import BtError, UsageError
+from bt_core.errors import BtError, UsageError, first_line
 from bt_core.evaluation.model_card import model_card
 from bt_core.inference.predictor import with_golden_probs
 from bt_core.inference.runtime import TorchRuntime
@@ -65,7 +65,7 @@ def build(
         logger.warning(
             "the bundle will know neither copies of training scans nor scans unlike them, since "
             "their dataset cannot be read (%s); give it with --data",
-            next(iter(str(error).splitlines()), type(error).__name__),
+            first_line(error),
         )
         arrays = {}
     states = {member.name: kept[member.name].state_dict() for member in info.members}
@@ -126,8 +126,7 @@ def _far_detector(
     run: Run, num_classes: int, ids: list[str], pixels_NSS: np.ndarray
 ) -> FarDetector | None:
     """Fit a detector on what a run makes of its validation scans; None for too few groups."""
-    judged = run.validation().select(["scan_id", "group"]).to_pydict()
-    group_of = dict(zip(judged["scan_id"], judged["group"], strict=True))
+    group_of = groups_of(run.validation())
     used = [i for i, scan_id in enumerate(ids) if scan_id in group_of]
     spec = run.info.preprocess
     classifier = rebuild_classifier(run.info.model, spec, num_classes)
