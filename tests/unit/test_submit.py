@@ -6,9 +6,10 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -142,7 +143,13 @@ class Endless:
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         yield "the first line\n"
-        raise KeyboardInterrupt  # what Python makes of the signal; a test with a terminal sends it
+        # What the signal would call, without one to all that the test process holds: asyncio.run's
+        # own handler, which cancels what runs and then raises KeyboardInterrupt.
+        interrupt = signal.getsignal(signal.SIGINT)
+        assert callable(interrupt)
+        assert interrupt is not signal.default_int_handler
+        interrupt(signal.SIGINT, None)
+        await asyncio.sleep(60)
 
     def stop_job(self, job: str) -> None:
         self.status = JobStatus.STOPPED
@@ -157,6 +164,14 @@ class Deaf(Endless):
 
     def stop_job(self, job: str) -> None:
         pass
+
+
+@pytest.fixture
+def python_handles_sigint() -> Iterator[None]:
+    """SIGINT as in a new process, whatever ran before: only then asyncio.run sets its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def followed(client: object, says: bool = False, command: str = "train") -> tuple[int, list[str]]:
@@ -192,6 +207,7 @@ def test_a_head_that_is_switched_off_is_noticed(
         (False, "RUNNING", "job-1 goes on; follow it with: bt jobs follow job-1 --cluster http://"),
     ],
 )
+@pytest.mark.usefixtures("python_handles_sigint")
 def test_after_an_interruption_a_job_stops_if_that_is_wanted(
     says: bool, status: str, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -202,6 +218,7 @@ def test_after_an_interruption_a_job_stops_if_that_is_wanted(
     assert said in caplog.text
 
 
+@pytest.mark.usefixtures("python_handles_sigint")
 def test_a_job_that_does_not_stop_is_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
