@@ -38,6 +38,15 @@ def all_but_code(root: Path) -> list[str]:
     return patterns
 
 
+def plain_variables() -> dict[str, str]:
+    """Return what is set here of the variables that all processes of a run must agree on.
+
+    They say what is read and where a store is, and hold no secret.
+    """
+    taken = (*limits.VARIABLES, *stores.VARIABLES)
+    return {name: os.environ[name] for name in taken if name in os.environ}
+
+
 def _variables() -> dict[str, str]:
     """Return what the job takes along of the user's environment: nothing that is secret."""
     if "BT_HASH_KEY" in os.environ:
@@ -45,8 +54,7 @@ def _variables() -> dict[str, str]:
             "BT_HASH_KEY is not sent, since the dashboard shows a job's settings to everyone; put "
             "the key into a file on the cluster's nodes and name it by BT_HASH_KEY_FILE"
         )
-    taken = (*limits.VARIABLES, *stores.VARIABLES)
-    variables = {name: os.environ[name] for name in taken if name in os.environ}
+    variables = plain_variables()
     for name in stores.VARIABLES:
         storage.refuse_secrets(variables.get(name, ""))
     if location := os.environ.get("BT_HASH_KEY_FILE"):

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import ray
 
-from bt_core import stores
 from bt_core.errors import UsageError
 from bt_core.log import RUN_ID, logger, run_id
 from bt_core.models.bundle import Bundle
-from bt_core.scans import limits
 from bt_core.scans.preprocess import PreprocessSpec
+from cluster.environment import plain_variables
 from cluster.pins import unlike_the_lock
 from cluster.submit import SCORING_JOB
 from cluster.token import TOKEN_FILE
@@ -190,10 +189,9 @@ def placed(
 def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] | None) -> None:
     for name, value in _BOUNDED.items():
         os.environ.setdefault(name, value)
+    bounded = {name: os.environ[name] for name in _BOUNDED}
     # A local Ray inherits all but the last.
-    taken = (*_BOUNDED, *stores.VARIABLES, *limits.VARIABLES)
-    given = {name: os.environ[name] for name in taken if name in os.environ}
-    variables = {RUN_ID: run_id(), **given, **(worker_env or {})}
+    variables = {RUN_ID: run_id(), **bounded, **plain_variables(), **(worker_env or {})}
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:

@@ -168,8 +168,8 @@ def _once(rows: pa.Table | None) -> pa.Table | None:
     A writer of an attempt that lost its head may live on for a while, and end a file after the next
     attempt has read what is done.
     """
-    if rows is None:
-        return None
+    if rows is None or len(pc.unique(rows["scan_id"])) == len(rows):
+        return rows
     said = [rows[name].to_pylist() for name in _SAYS if name in rows.column_names]
     keys = list(zip(*said, strict=True))
     is_first = [i == 0 or keys[i] != keys[i - 1] for i in range(len(keys))]

@@ -6,6 +6,7 @@ import re
 import shutil
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from bt_core import storage
 from bt_core.data.catalog import Dataset
 from bt_core.data.seal import openings
-from bt_core.data.views import read_view
+from bt_core.data.views import find_view, read_view
 from bt_core.labels import LABEL_SPACES
 from bt_core.log import run_id
 from bt_core.models.bundle import Bundle
@@ -25,6 +26,7 @@ from bt_core.models.classifier import rebuild_classifier
 from bt_core.models.inputs import Preprocessor
 from bt_core.models.run import Run
 from bt_core.scans.phantom import phantom_slice
+from bt_core.scans.preprocess import PreprocessSpec
 from tests.conftest import SMALL, bt
 
 pytestmark = pytest.mark.integration
@@ -55,15 +57,16 @@ def test_the_catalog_has_one_row_for_each_file_and_copies_stay_together(chain):
 
 
 def test_shards_hold_every_scan_of_a_split_once_in_mixed_order(chain, ray_session):
-    views = [p for p in (chain.data / "views").iterdir() if p.name.startswith("48px")]
-    assert len(views) == 1, "both runs share one view"
-    assert not (views[0] / "split=test").exists(), "test scans are sealed"
+    specs = [PreprocessSpec(**Run(str(run)).info.recipe["preprocess"]) for run in chain.runs]
+    [(view, is_there)] = {find_view(Dataset(str(chain.data)), spec) for spec in specs}
+    assert is_there, "both runs share it"
+    assert not Path(view, "split=test").exists(), "test scans are sealed"
     for split in ("train", "validation"):
-        shards = read_view(str(views[0]), split).take_all()
+        shards = read_view(view, split).take_all()
         expected = Dataset(str(chain.data)).split(split)["scan_id"].to_pylist()
         assert sorted(row["scan_id"] for row in shards) == sorted(expected)
         assert {row["pixels"].shape for row in shards} == {(48, 48)}
-    labels = [row["label"] for row in read_view(str(views[0]), "train").take_all()]
+    labels = [row["label"] for row in read_view(view, "train").take_all()]
     assert len(set(labels[:12])) > 2, "shards are not sorted by class"
 
 
