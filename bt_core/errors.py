@@ -26,6 +26,8 @@ EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_INCOMPLETE: Final = 3
 """The command finished, but some scans were not scored."""
+EXIT_INTERRUPTED: Final = 130
+"""As shells say of a command that Ctrl-C ended: 128 and the signal's number."""
 
 
 class BtError(Exception):

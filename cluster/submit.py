@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from bt_core import storage
-from bt_core.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError, first_line
+from bt_core.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, RunError, UsageError, first_line
 from bt_core.log import logger, run_id
 from cluster.environment import job_environment
 from cluster.token import use_token
@@ -128,15 +128,15 @@ def _followed(
             f"head, {follower.again(entrypoint)}"
         ) from error
     if details is None:
-        return EXIT_FAILED
+        return EXIT_INTERRUPTED
     if details.driver_exit_code is not None:
         return int(details.driver_exit_code)
     if details.status == "SUCCEEDED":
         return EXIT_OK
     if details.status == "STOPPED":
         logger.info("job %s was stopped; to have it done, %s", job, follower.again(entrypoint))
-    else:
-        logger.error("job %s: %s: %s", job, details.status, details.message)
+        return EXIT_INTERRUPTED
+    logger.error("job %s: %s: %s", job, details.status, details.message)
     return EXIT_FAILED
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from bt_core import log, storage
-from bt_core.errors import EXIT_FAILED, BtError, StoreError, UsageError, last_line
-from bt_core.stores import refuse_away
+from bt_core.errors import EXIT_FAILED, EXIT_INTERRUPTED, BtError, StoreError, UsageError, last_line
+from bt_core.store_errors import refuse_away
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -87,7 +87,7 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
             raise
         except KeyboardInterrupt:
             _say("interrupted; give the same command again" + GOES_ON.get(name, ""))
-            code = EXIT_FAILED
+            code = EXIT_INTERRUPTED
         except Exception as error:
             if debug:
                 traceback.print_exc()

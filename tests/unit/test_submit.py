@@ -18,7 +18,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobDetails, JobStatus
 
 from bt_core import stores
-from bt_core.errors import EXIT_FAILED, RunError, UsageError
+from bt_core.errors import EXIT_INTERRUPTED, RunError, UsageError
 from bt_core.log import logger
 from cluster.environment import all_but_code, job_environment
 from cluster.local import free_port
@@ -213,7 +213,7 @@ def test_after_an_interruption_a_job_stops_if_that_is_wanted(
 ) -> None:
     cluster = Endless()
     with caplog.at_level(logging.INFO):
-        assert followed(cluster, says) == (EXIT_FAILED, ["the first line\n", "stop job-1?"])
+        assert followed(cluster, says) == (EXIT_INTERRUPTED, ["the first line\n", "stop job-1?"])
     assert cluster.status == status
     assert said in caplog.text
 
