@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from bt_core.stores import S3Store, again
+from bt_core.store_files import again
+from bt_core.store_files import open_file as open_file
+from bt_core.stores import S3Store
 from bt_core.stores import absolute as absolute
 from bt_core.stores import filesystem as filesystem
 from bt_core.stores import is_uri as is_uri
-from bt_core.stores import open_file as open_file
 from bt_core.stores import redact as redact
 from bt_core.stores import refuse_secrets as refuse_secrets
 

@@ -1,22 +1,22 @@
 """Locations and the stores behind them, each opened once per process and asked again when it fails.
 
-A location is a local path, or a URI of any store that pyarrow or fsspec opens. An S3 store that
-answers with an error, late or not at all is asked again (`MAX_ATTEMPTS`), by every process that
-gets its client; one that stays away, or refuses, is `StoreError`, never a scan that cannot be read.
+A location is a local path, or a URI of any store that pyarrow or fsspec opens. A store (S3) or web
+server that answers with an error, late or not at all is asked again (`MAX_ATTEMPTS`), by every
+process that gets its client; one that stays away, or refuses, is `StoreError`, never a scan that
+cannot be read.
 
-The requests of a process share a budget of 100 retries (AWS's standard), which a success fills up
-again: where a store fails all of many requests at once, it is asked less often than that.
+The requests of a process to S3 share a budget of 100 retries (AWS's standard), which a success
+fills up again: where a store fails all of many requests at once, it is asked less often than that.
 """
 
-import io
+import asyncio
 import json
 import os
 import re
 import threading
-import time
-from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -24,12 +24,17 @@ import pyarrow as pa
 from pyarrow import fs
 
 from bt_core.errors import ConfigError, UsageError, first_line
-from bt_core.store_errors import FileFault
-from bt_core.store_errors import refuse_away as refuse_away
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from aiohttp import ClientRequest, ClientResponse
+    from aiohttp.client_middlewares import ClientHandlerType
+
 MAX_ATTEMPTS: Final = 8
-"""Of a request to S3, with pauses that double: up to 70 s in all. `AWS_MAX_ATTEMPTS` changes it."""
+"""Of a request, with pauses that double: up to 70 s in all to S3, where `AWS_MAX_ATTEMPTS` changes
+it, and 13 s to a web server."""
+_WEB_PAUSE_SECONDS: Final = 0.1
+_WEB_BUSY: Final = frozenset({408, 429, 500, 502, 503, 504})
+"""What a web server answers that may answer otherwise when it is asked again."""
 VARIABLES: Final = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION",
     "AWS_MAX_ATTEMPTS",
@@ -38,9 +43,6 @@ VARIABLES: Final = (
 _CONNECT_SECONDS: Final = 10.0
 _SILENT_SECONDS: Final = 30.0
 """How long an answer may stand still before its request counts as failed."""
-SHORT_PART: Final = "Failed to flush response stream"
-"""What pyarrow says of an answer longer than the part of a file that it asked for, as the text of
-an error may be. It does not ask again then."""
 _PASSWORD: Final = re.compile(r"(?:(?<=s3)://[^/@]*:|://[^/@]*:(?!\d+/))[^@]*@")
 """A URI with `user:password@`; the password may hold slashes, as keys of S3 do."""
 _SECRET_ENDINGS: Final = (
@@ -172,7 +174,8 @@ def _open_once(location: str) -> tuple[fs.FileSystem, str]:
     except OSError as error:  # the first line; what follows may be a page of library paths
         raise UsageError(f"cannot open {redact(location)}: {redact(first_line(error))}") from error
     try:
-        opened, path = fsspec.core.url_to_fs(location)
+        is_web = location.startswith(("http://", "https://"))
+        opened, path = fsspec.core.url_to_fs(location, **(_web_options() if is_web else {}))
     except Exception as error:  # each of fsspec's stores has its own errors
         raise UsageError(
             f"cannot open {redact(location)}: {redact(first_line(error))}; use a local path or a "
@@ -181,113 +184,31 @@ def _open_once(location: str) -> tuple[fs.FileSystem, str]:
     return fs.PyFileSystem(fs.FSSpecHandler(opened)), str(path)
 
 
-_HELD_BYTES: Final = 512 * 1024**2
-"""Largest file held in memory because its server does not read from the middle of a file."""
+def _web_options() -> dict[str, Any]:
+    """Return options of fsspec's HTTP store: of waiting, which it does for ever, and of retries."""
+    from aiohttp import ClientTimeout
+
+    timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
+    return {"client_kwargs": {"timeout": timeout, "middlewares": (_ask_again,)}}
 
 
-def again(read: Callable[[], T]) -> T:
-    """Return what a read gives, and do it again where pyarrow does not (`SHORT_PART`)."""
+async def _ask_again(request: "ClientRequest", send: "ClientHandlerType") -> "ClientResponse":
+    """Send a request of aiohttp, as its middleware, until an answer comes that counts."""
+    from aiohttp import ClientConnectionError, ClientPayloadError
+
     for attempt in range(MAX_ATTEMPTS - 1):
-        try:
-            return read()
-        except OSError as error:
-            if SHORT_PART not in str(error):
-                raise
-        time.sleep(0.05 * 2**attempt)
-    return read()
+        with suppress(ClientConnectionError, ClientPayloadError, TimeoutError):
+            response = await _answer(request, send)
+            if response.status not in _WEB_BUSY:
+                return response
+            response.release()
+        await asyncio.sleep(_WEB_PAUSE_SECONDS * 2**attempt)
+    return await _answer(request, send)
 
 
-class _StoreFile(io.RawIOBase):
-    """A file of a store as a raw Python file, each of whose failures is an OSError."""
-
-    def __init__(self, file: Any, size: int) -> None:
-        self._file, self._size, self._position = file, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        position = offset + (0, self._position, self._size)[whence]
-        if position < 0:
-            raise OSError("a seek to before the start of the file")
-        self._position = position
-        return position
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), max(0, self._size - self._position))
-        try:
-            content = again(lambda: self._file.read_at(wanted, self._position)) if wanted else b""
-        except OSError:
-            raise
-        except Exception as error:  # whatever a store's client raises
-            raise OSError(type(error).__name__) from error
-        if len(content) < min(wanted, 1):
-            raise FileFault("the file has become shorter")
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)
-
-
-def _reads_anywhere(file: pa.NativeFile) -> bool:
-    """Tell a plain HTTP server, which ignores ranges, by asking for the last byte."""
-    try:
-        size = file.size()
-        return size == 0 or len(file.read_at(1, size - 1)) == 1
-    except Exception:  # a new request then gives the whole file, or the error that counts
-        return False
-
-
-def _held(whole: BinaryIO) -> io.BytesIO:
-    """Read a stream into memory; one that may give less than asked for at a time."""
-    held = io.BytesIO()
-    while chunk := whole.read(1024**2):
-        if held.tell() + len(chunk) > _HELD_BYTES:
-            raise FileFault("the server reads files from their start only; fetch it first")
-        held.write(chunk)
-    held.seek(0)
-    return held
-
-
-def open_file(
-    filesystem_: fs.FileSystem, path: str, buffer_bytes: int = 256 * 1024
-) -> BinaryIO | io.BufferedReader:
-    """Open a file for reading from any place in it, without reading it whole.
-
-    Args:
-        filesystem_: as `filesystem` returned it.
-        path: inside it.
-        buffer_bytes: how much one request to a remote store brings.
-
-    Raises:
-        OSError: if it cannot be opened, whatever the store's own error is; `FileFault` if there can
-            be no file of this name.
-    """
-    if isinstance(filesystem_, fs.LocalFileSystem):
-        return open(path, "rb")
-    try:
-        file = _open_remote(filesystem_, path)
-        if isinstance(filesystem_, fs.PyFileSystem) and not _reads_anywhere(file):
-            with filesystem_.handler.fs.open(path, block_size=0) as whole:
-                return _held(whole)
-        return io.BufferedReader(_StoreFile(file, file.size()), buffer_bytes)
-    except OSError:
-        raise
-    except ValueError as error:
-        raise FileFault(type(error).__name__) from error
-    except Exception as error:
-        raise OSError(type(error).__name__) from error
-
-
-def _open_remote(filesystem_: fs.FileSystem, path: str) -> pa.NativeFile:
-    try:
-        return filesystem_.open_input_file(path)
-    except FileNotFoundError:
-        if isinstance(filesystem_, fs.PyFileSystem):  # fsspec says so whatever a server answers
-            filesystem_.handler.fs.cat_file(path, 0, 1)
-        raise
+async def _answer(request: "ClientRequest", send: "ClientHandlerType") -> "ClientResponse":
+    """Return an answer; a part that was asked for read whole: one that breaks off is an error."""
+    response = await send(request)
+    if response.status == 206 and "Range" in request.headers:
+        await response.read()
+    return response

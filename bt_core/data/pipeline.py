@@ -27,7 +27,7 @@ from bt_core.data.stream import split_streamed
 from bt_core.log import Progress
 from bt_core.scans.preprocess import PreprocessSpec
 from bt_core.scans.thumbnails import SPECTRUM_LENGTH, THUMBNAIL
-from bt_core.stores import SHORT_PART
+from bt_core.store_files import SHORT_PART
 
 SCORE_BATCH: Final = 64
 _SEARCH_ROWS: Final = 2048

@@ -14,7 +14,7 @@ from bt_core.data.decode_stage import CONTENT, Columns, column_of
 from bt_core.errors import BtError, ScanError
 from bt_core.scans.archives import open_archive, stream_members
 from bt_core.scans.tars import StreamedTar
-from bt_core.stores import refuse_away
+from bt_core.store_errors import refuse_away
 
 BATCH_ROWS: Final = 64
 """Scans that one decoding task is given."""

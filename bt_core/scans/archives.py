@@ -34,7 +34,7 @@ from bt_core.scans.members import (
 from bt_core.scans.scan_lists import SUFFIXES, read_list
 from bt_core.scans.tars import DAMAGE, StreamedTar, TarSource, open_stream
 from bt_core.scans.zips import ZipSource
-from bt_core.stores import refuse_away
+from bt_core.store_errors import refuse_away
 
 __all__ = [
     "Archive",

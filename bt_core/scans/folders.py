@@ -17,7 +17,7 @@ from bt_core.errors import ScanError, SourceError
 from bt_core.scans.faults import fault_of
 from bt_core.scans.limits import limits
 from bt_core.scans.members import UNREADABLE_FOLDER, Lister, ScanRef, check_bytes
-from bt_core.stores import refuse_away
+from bt_core.store_errors import refuse_away
 
 _PLAIN: Final = -1
 _ESCAPED: Final = -2

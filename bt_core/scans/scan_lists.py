@@ -23,7 +23,7 @@ from bt_core.scans.faults import is_filled
 from bt_core.scans.identity import patient_hash
 from bt_core.scans.limits import Limits
 from bt_core.scans.members import ATTRIBUTES, MOST_VALUES, NAMED, Lister, ScanRef
-from bt_core.stores import refuse_away
+from bt_core.store_errors import refuse_away
 
 SUFFIXES: Final = (".csv", ".tsv", ".parquet")
 _COLUMNS: Final = {

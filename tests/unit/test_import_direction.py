@@ -11,15 +11,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-FOUNDATIONS = {"errors", "labels", "log", "storage", "store_errors", "stores"}
+FOUNDATIONS = {"errors", "labels", "log", "storage", "store_errors", "store_files", "stores"}
 # A package of bt_core may import itself and what is listed here.
 ALLOWED = {
     "errors": set(),
     "log": {"errors"},
     "labels": {"errors"},
     "store_errors": {"errors"},
-    "stores": {"errors", "store_errors"},
-    "storage": {"errors", "stores"},
+    "stores": {"errors"},
+    "store_files": {"store_errors", "stores"},
+    "storage": {"store_files", "stores"},
     "locks": {"errors", "storage"},
     "config": FOUNDATIONS,
     "scans": FOUNDATIONS | {"config"},

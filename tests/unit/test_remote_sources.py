@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -14,7 +15,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from bt_core import storage, stores
+from bt_core import storage, store_files, stores
 from bt_core.errors import SourceError, StoreError, UsageError
 from bt_core.scans.archives import ScanRef, list_scans, read_member, stream_members
 from bt_core.scans.members import NAMED
@@ -116,13 +117,13 @@ def test_one_request_brings_many_members(
 ) -> None:
     put(s3, "scans/many.tar", tar_bytes([(f"{i}.png", b"x" * 1000) for i in range(400)]))
     reads = []
-    readinto = stores._StoreFile.readinto
+    readinto = store_files._StoreFile.readinto
 
-    def counted(self: stores._StoreFile, buffer: memoryview) -> int:
+    def counted(self: store_files._StoreFile, buffer: memoryview) -> int:
         reads.append(len(buffer))
         return readinto(self, buffer)
 
-    monkeypatch.setattr(stores._StoreFile, "readinto", counted)
+    monkeypatch.setattr(store_files._StoreFile, "readinto", counted)
     assert len(list_scans("s3://scans/many.tar").refs) == 400
     assert len(reads) <= 10
 
@@ -157,12 +158,65 @@ class Ranged(Quiet):
         self.wfile.write(part)
 
 
-@pytest.fixture(params=[Quiet, Ranged])
+class Busy(Ranged):
+    """Fails two of each three requests: one is refused, of one the answer breaks off."""
+
+    num_requests = 0
+    num_failed = 0
+
+    def _fails(self) -> bool:
+        Busy.num_requests += 1
+        if Busy.num_requests % 3 == 0:
+            return False
+        Busy.num_failed += 1
+        if Busy.num_requests % 3 == 1 or "Range" not in self.headers:
+            self.send_error(503)
+        else:
+            self.send_response(206)
+            self.send_header("Content-Range", "bytes 0-99/1000")
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"half")
+        return True
+
+    def do_GET(self) -> None:
+        if not self._fails():
+            super().do_GET()
+
+    def do_HEAD(self) -> None:
+        if not self._fails():
+            super().do_HEAD()
+
+
+class Down(Ranged):
+    """Answers 503 to all requests."""
+
+    def do_GET(self) -> None:
+        self.send_error(503)
+
+    def do_HEAD(self) -> None:
+        self.send_error(503)
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "_WEB_PAUSE_SECONDS", 0.001)
+
+
+@pytest.fixture(params=[Quiet, Ranged, Busy])
 def web(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    with served(request.param, tmp_path) as address:
+        yield address
+    assert (Busy.num_failed > 0) == (request.param is Busy)
+    Busy.num_failed = 0
+
+
+@contextmanager
+def served(kind: type[Quiet], tmp_path: Path) -> Iterator[str]:
     make_zip(tmp_path / "a.zip", [*FILES.items(), ("big.png", bytes(3 * 1024**2))])
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar_bytes(list(FILES.items()))))
     (tmp_path / "a.png").write_bytes(b"first")
-    handler = functools.partial(request.param, directory=str(tmp_path))
+    handler = functools.partial(kind, directory=str(tmp_path))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -185,6 +239,14 @@ def test_a_server_that_refuses_is_no_fault_of_a_row(web: str, tmp_path: Path) ->
     assert refusal(missing).reason == "io_error"
     with pytest.raises(StoreError, match=r"http://127.0.0.1:1 cannot be read \(.*same command"):
         read_member(away)
+
+
+def test_a_server_that_stays_busy_is_no_fault_of_a_row(tmp_path: Path) -> None:
+    with served(Down, tmp_path) as web:
+        (tmp_path / "l.csv").write_text(f"path\n{web}/a.png\n")
+        [down] = list_scans(str(tmp_path / "l.csv")).refs
+        with pytest.raises(StoreError, match=r"ClientResponseError 503\).*same command"):
+            read_member(down)
 
 
 def test_a_missing_file_on_http_is_named(web: str) -> None:

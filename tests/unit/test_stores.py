@@ -19,6 +19,7 @@ from bt_core.errors import StoreError, UsageError
 from bt_core.models.bundle import Bundle
 from bt_core.scans.archives import ScanRef, list_scans, read_member, stream_members
 from bt_core.scans.members import NAMED
+from bt_core.store_errors import refuse_away
 from tests.faulty_store import FaultyStore
 from tests.tiny_bundle import make_bundle
 
@@ -177,11 +178,11 @@ def test_what_a_task_says_of_a_store_is_said_again():
     task = "ray::run_stage() (pid=7, ip=10.0.0.5)\n"
     kept = "s3://scans refuses node n7: AWS Error ACCESS_DENIED; give credentials"
     with pytest.raises(StoreError) as said:
-        stores.refuse_away(RuntimeError(f"{task}bt_core.errors.StoreError: {kept}\nas that says"))
+        refuse_away(RuntimeError(f"{task}bt_core.errors.StoreError: {kept}\nas that says"))
     assert str(said.value) == kept
     denied = "in bucket 'scans': AWS Error ACCESS_DENIED during PutObject operation: not to DOE.png"
     with pytest.raises(StoreError, match=r"^s3://scans refuses node 10.0.0.5: AWS Error") as said:
-        stores.refuse_away(RuntimeError(f"{task}OSError: {denied}"))
+        refuse_away(RuntimeError(f"{task}OSError: {denied}"))
     assert "DOE" not in str(said.value)
 
 
@@ -224,7 +225,7 @@ def test_a_store_that_says_nothing_counts_as_away(store, bucket, monkeypatch):
     with store.disturbed(1.0, "late"), pytest.raises(OSError, match="1 bytes/sec") as caught:
         storage.read_json(f"{bucket}/a.json")
     with pytest.raises(StoreError, match="does not answer: AWS Error NETWORK_CONNECTION"):
-        stores.refuse_away(caught.value)
+        refuse_away(caught.value)
 
 
 def test_the_error_of_a_store_names_it_and_no_secret(store, monkeypatch):
@@ -233,12 +234,12 @@ def test_the_error_of_a_store_names_it_and_no_secret(store, monkeypatch):
     with pytest.raises(OSError, match="NETWORK_CONNECTION") as caught:
         storage.read_json(uri)
     with pytest.raises(StoreError, match=r"^s3://gone does not answer: AWS Error NETW") as said:
-        stores.refuse_away(RuntimeError(f"a task failed:\n{caught.value}\nas its last line says"))
+        refuse_away(RuntimeError(f"a task failed:\n{caught.value}\nas its last line says"))
     assert "KEY" not in str(said.value)
     assert "s3cret" not in str(said.value)
     assert "\n" not in str(said.value)
-    stores.refuse_away(OSError("No space left on device"))
-    stores.refuse_away(OSError("AWS Error NO_SUCH_KEY during GetObject operation: no"))
+    refuse_away(OSError("No space left on device"))
+    refuse_away(OSError("AWS Error NO_SUCH_KEY during GetObject operation: no"))
 
 
 def test_a_store_of_google_that_stays_away_is_told():
@@ -246,7 +247,7 @@ def test_a_store_of_google_that_stays_away_is_told():
     with pytest.raises(OSError, match="Could not connect") as caught:
         storage.read_bytes(f"gs://anonymous@gone/a.json{away}")
     with pytest.raises(StoreError, match=r"^the store does not answer: UNAVAILABLE;"):
-        stores.refuse_away(caught.value)
+        refuse_away(caught.value)
 
 
 def test_a_bundle_is_loaded_through_faults(store, bucket, tmp_path):
