@@ -2,8 +2,8 @@
 
 import os
 import signal
-import threading
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,7 +43,7 @@ def run_up(
     share = 0.3 / (nodes + 1)
     own = NodeOptions(host, cpus or max(2, cores // max(1, nodes)), gpus, share)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    stopped = _stop_signal()
+    _end_at_signals()
     with ExitStack() as stack:
         first = NodeOptions(host, 0, 0, share)  # as in ray_cluster.yaml, it only coordinates
         running = [stack.enter_context(head(first, port, dashboard_port))]
@@ -54,7 +54,7 @@ def run_up(
         if host != "127.0.0.1":
             print(f"more nodes: bt cluster join {address} --host ADDRESS, with the same token")
         print("Ctrl-C ends it", flush=True)
-        _wait(stopped, running[0])
+        _wait(running[0])
         print("ending, which takes up to half a minute", flush=True)
         for node in running[1:]:
             node.stop()
@@ -74,28 +74,35 @@ def run_join(
     from cluster.local import NodeOptions, worker
 
     num_cpus = len(os.sched_getaffinity(0)) if cpus is None else cpus
-    stopped = _stop_signal()
+    _end_at_signals()
     with worker(NodeOptions(host, num_cpus, gpus), address) as node:
         print(f"{num_cpus} CPUs at {host} work for {address}; Ctrl-C ends it", flush=True)
-        _wait(stopped, node)
+        _wait(node)
     return EXIT_OK
 
 
-def _stop_signal() -> threading.Event:
-    stopped = threading.Event()
+def _end_at_signals() -> None:
+    """Let the first SIGINT or SIGTERM interrupt what runs, and none of them what ends it."""
+
+    def interrupt(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    return stopped
+        signal.signal(number, interrupt)
 
 
-def _wait(stopped: threading.Event, node: "Node") -> None:
+def _wait(node: "Node") -> None:
     """Return at a signal.
 
     Raises:
         RunError: if the node ends by itself.
     """
-    while not stopped.wait(1.0):
-        node.check()
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1.0)
+            node.check()
 
 
 if __name__ == "__main__":

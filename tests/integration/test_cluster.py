@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from bt_core import storage
-from bt_core.errors import EXIT_USAGE
+from bt_core.errors import EXIT_INTERRUPTED, EXIT_USAGE
 from bt_core.scans.phantom import write_archive
 from cluster.local import free_port
 from tests.conftest import SMALL, short_folder
@@ -162,6 +162,24 @@ def test_a_node_that_cannot_join_says_why_and_makes_no_token(cluster, tmp_path):
         assert done.returncode == EXIT_USAGE, done.stdout + done.stderr
         assert said in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_end_while_it_starts_is_an_end(number, tmp_path):
+    with short_folder() as home:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        environment |= {"HOME": str(home), "TMPDIR": str(home)}
+        ports = ("--port", str(free_port()), "--dashboard-port", str(free_port()))
+        process = subprocess.Popen([str(BT), "cluster", "up", *ports], env=environment)
+        nodes = []
+        while not nodes:  # the first node, and processes of its own
+            assert process.poll() is None
+            time.sleep(0.05)
+            nodes = psutil.Process(process.pid).children(recursive=True)[1:]
+        process.send_signal(number)
+        assert process.wait(30) == EXIT_INTERRUPTED
+        assert not psutil.wait_procs(nodes, 5)[1], "it leaves nothing"
+        assert not list(home.glob("bt-ray-*"))
 
 
 def test_a_port_that_is_taken_is_said_so(cluster):
