@@ -1,4 +1,4 @@
-"""Whether this process runs with what the lock pins; other nodes are not looked at."""
+"""Whether this process runs with what the lock pins: a command's own, and a node's that joins."""
 
 import re
 import tomllib
@@ -6,8 +6,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
+from bt_core.log import logger
+
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _PIN: Final = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", re.MULTILINE)
+
+
+def warn_unless_locked() -> None:
+    """Log a warning that names what is installed here in other versions than the lock's."""
+    if unlike := unlike_the_lock(Path(__file__).resolve().parent.parent):
+        logger.warning(
+            "figures may differ from those of the lock, here at least: %s; install "
+            "requirements.lock on every node",
+            ", ".join(unlike),
+        )
 
 
 def unlike_the_lock(root: Path) -> list[str]:

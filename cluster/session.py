@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 
@@ -14,7 +13,7 @@ from bt_core.log import RUN_ID, logger, run_id
 from bt_core.models.bundle import Bundle
 from bt_core.scans.preprocess import PreprocessSpec
 from cluster.environment import plain_variables
-from cluster.pins import unlike_the_lock
+from cluster.pins import warn_unless_locked
 from cluster.submit import SCORING_JOB
 from cluster.token import TOKEN_FILE
 
@@ -117,11 +116,7 @@ def session(
             cpus_per_gpu=_cpus_per_gpu([node["Resources"] for node in nodes]),
         )
         if started:
-            if unlike := unlike_the_lock(Path(__file__).resolve().parent.parent):
-                logger.warning(
-                    "figures may differ from those of the lock, here at least: %s; install "
-                    "requirements.lock on every node", ", ".join(unlike),
-                )  # fmt: skip
+            warn_unless_locked()
             logger.info(
                 "Ray: %d node(s), %g CPUs, %g GPUs",
                 found.num_nodes,

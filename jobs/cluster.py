@@ -3,7 +3,8 @@
 import os
 import signal
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,8 +44,7 @@ def run_up(
     share = 0.3 / (nodes + 1)
     own = NodeOptions(host, cpus or max(2, cores // max(1, nodes)), gpus, share)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    _end_at_signals()
-    with ExitStack() as stack:
+    with _ended_by_signals(), ExitStack() as stack:
         first = NodeOptions(host, 0, 0, share)  # as in ray_cluster.yaml, it only coordinates
         running = [stack.enter_context(head(first, port, dashboard_port))]
         running += [stack.enter_context(worker(own, address)) for _ in range(nodes)]
@@ -72,25 +72,32 @@ def run_join(
 ) -> int:
     """Let this machine work for a cluster elsewhere until Ctrl-C, with the same token."""
     from cluster.local import NodeOptions, worker
+    from cluster.pins import warn_unless_locked
 
+    warn_unless_locked()
     num_cpus = len(os.sched_getaffinity(0)) if cpus is None else cpus
-    _end_at_signals()
-    with worker(NodeOptions(host, num_cpus, gpus), address) as node:
+    with _ended_by_signals(), worker(NodeOptions(host, num_cpus, gpus), address) as node:
         print(f"{num_cpus} CPUs at {host} work for {address}; Ctrl-C ends it", flush=True)
         _wait(node)
     return EXIT_OK
 
 
-def _end_at_signals() -> None:
-    """Let the first SIGINT or SIGTERM interrupt what runs, and none of them what ends it."""
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM interrupt the block, and no other what ends it."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(*_: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _wait(node: "Node") -> None:

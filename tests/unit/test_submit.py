@@ -26,6 +26,7 @@ from cluster.pins import unlike_the_lock
 from cluster.submit import Follower, _followed, submit, submitted
 from cluster.token import use_token
 from jobs.cli import app
+from jobs.cluster import run_join
 from jobs.command import _LOCATIONS
 from jobs.jobs import FOLLOWER, again, wants_stop
 
@@ -323,6 +324,15 @@ def test_versions_other_than_the_locks_are_named(tmp_path: Path) -> None:
     )
     (tmp_path / "requirements.lock").write_text(changed)
     assert unlike_the_lock(tmp_path) == [f"timm {pins['timm']} instead of 9.9"]
+
+
+def test_a_node_that_joins_says_if_it_has_other_versions(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cluster.pins.version", lambda name: "0.1" if name == "timm" else "")
+    with caplog.at_level(logging.WARNING), pytest.raises(UsageError, match="HOST:PORT"):
+        run_join("not-an-address", "127.0.0.1", cpus=1)
+    assert re.search(r"figures may differ .*timm 0\.1 instead of 1\.", caplog.text)
 
 
 @pytest.mark.parametrize(
