@@ -52,8 +52,9 @@ def run(
     from bt_core.data.catalog import Dataset
     from bt_core.evaluation.plots import training_curves_png
     from bt_core.locks import locked
-    from bt_core.training.launch import as_begun, check_settings, plan_scaling, train
+    from bt_core.training.launch import check_settings, plan_scaling, train
     from bt_core.training.recipe import load_recipe
+    from bt_core.training.run_folder import as_begun
     from bt_core.training.tracking import tracking
     from cluster.session import choose_device, session
 

@@ -1,58 +1,41 @@
-"""Starts Ray Train on a prepared dataset and turns its best checkpoint into a run folder."""
+"""Starts Ray Train on a prepared dataset, and follows it."""
 
 import math
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray.train
-import safetensors.torch
-import torch
 from ray.data import ExecutionOptions
 from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from bt_core import storage
-from bt_core.data.catalog import Dataset, groups_of
+from bt_core.data.catalog import Dataset
 from bt_core.data.views import ensure_view, read_view
 from bt_core.errors import DatasetError, RunError, UsageError, last_line
-from bt_core.log import logger, run_id
+from bt_core.log import logger
 from bt_core.models.classifier import build_classifier
-from bt_core.models.inputs import Preprocessor
-from bt_core.models.run import HISTORY_FILE, Run, RunInfo, environment, read_history
-from bt_core.models.weights import initial_sha256
+from bt_core.models.run import HISTORY_FILE, Run, read_history
 from bt_core.training.cpu import WORKER_ENV
 from bt_core.training.engine import KEPT, progress_line
 from bt_core.training.process_group import NodeAddressConfig
 from bt_core.training.recipe import Recipe
+from bt_core.training.run_folder import Scaling, claim, finish
 from bt_core.training.stages import check_stages
 from bt_core.training.tracking import Tracker
-from bt_core.training.worker import PARTIAL_PREFIX, PREDICTIONS_FILE, STATE_FILE, train_loop
+from bt_core.training.worker import train_loop
 
 MAX_FAILURES: Final = 3
 """Lost workers that a run survives; the default of Ray is none."""
 MAX_PREEMPTIONS: Final = 10
 """Spot nodes taken away that a run survives; the default of Ray is no limit."""
 
-_MARKER: Final = "started.json"
 _LOOK_SECONDS: Final = 1.0
 _STORE_LOOK_SECONDS: Final = 10.0
 """Of a history behind a URI, where each look takes two requests."""
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Where a run trains: number of workers, `cuda` or `cpu`, and logical CPUs of each worker."""
-
-    num_workers: int
-    device: str
-    cpus_per_worker: float
 
 
 def plan_scaling(
@@ -85,23 +68,6 @@ def plan_scaling(
     return Scaling(workers, device, math.floor(each * 1000) / 1000)
 
 
-def as_begun(location: str, device: str, num_workers: int | None) -> tuple[str, int | None]:
-    """Return device and workers, where they are left open those of a run that is to go on.
-
-    So a run goes on, or says what it lacks, when the cluster has other GPUs than at its start.
-
-    Args:
-        location: the run folder.
-        device: `auto` leaves it open.
-        num_workers: None leaves it open.
-    """
-    marker = storage.join(storage.absolute(location), _MARKER)
-    begun = storage.read_json(marker) if storage.exists(marker) else {}
-    if device == "auto":
-        device = begun.get("device", device)
-    return device, num_workers or begun.get("num_workers")
-
-
 def train(
     recipe: Recipe,
     dataset: Dataset,
@@ -128,7 +94,7 @@ def train(
             than `MAX_FAILURES` times.
     """
     location = storage.absolute(location)
-    run_ids = _claim(location, recipe, dataset, scaling)
+    run_ids = claim(location, recipe, dataset, scaling)
     view = ensure_view(dataset, recipe.preprocess)
     started = time.perf_counter()
     trainer = _trainer(recipe, dataset, view, location, scaling)
@@ -143,7 +109,7 @@ def train(
         raise RunError(result.return_value)
     checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: float(pair[1][KEPT]))
     seconds = time.perf_counter() - started
-    return _finish(location, recipe, dataset, scaling, (checkpoint, metrics), seconds, run_ids)
+    return finish(location, recipe, dataset, scaling, (checkpoint, metrics), seconds, run_ids)
 
 
 def check_settings(recipe: Recipe, dataset: Dataset) -> None:
@@ -202,35 +168,6 @@ def _trainer(
     )
 
 
-def _claim(location: str, recipe: Recipe, dataset: Dataset, scaling: Scaling) -> list[str]:
-    """Mark a folder as this run's, or go on in it if it was started with equal settings.
-
-    Returns:
-        The ids of the commands that have worked on it, this one last.
-    """
-    if storage.exists(storage.join(location, "run.json")):
-        raise UsageError(f"{location} holds a finished run; choose another -o or pass --overwrite")
-    marker = storage.join(location, _MARKER)
-    claim = {
-        "recipe_digest": recipe.digest,
-        "dataset_digest": dataset.info.digest,
-        "num_workers": scaling.num_workers,  # decides the steps of the schedule
-    }
-    begun: dict[str, Any] = storage.read_json(marker) if storage.exists(marker) else claim
-    if {name: begun[name] for name in claim} != claim:
-        raise UsageError(
-            f"{location} holds an unfinished run with other settings, data or workers; finish it "
-            "with those, or pass --overwrite or another -o"
-        )
-    checkpoints = storage.join(location, "checkpoints")
-    for name in storage.list_dirs(checkpoints):  # of a worker that was killed while it wrote
-        if name.startswith(PARTIAL_PREFIX):
-            storage.remove_dir(storage.join(checkpoints, name))
-    run_ids = [*begun.get("run_ids", ()), run_id()]
-    storage.write_json(marker, {**claim, "device": scaling.device, "run_ids": run_ids})
-    return run_ids
-
-
 @contextmanager
 def _progress_shown(location: str, epochs: int, trackers: Sequence[Tracker]) -> Iterator[None]:
     """Log one line per epoch while the block runs, as rank 0 adds it to the run's history."""
@@ -263,67 +200,6 @@ def _progress_shown(location: str, epochs: int, trackers: Sequence[Tracker]) -> 
     finally:
         ended.set()
         follower.join()
-
-
-def _finish(
-    location: str,
-    recipe: Recipe,
-    dataset: Dataset,
-    scaling: Scaling,
-    best: tuple[Any, dict[str, Any]],
-    seconds: float,
-    run_ids: list[str],
-) -> Run:
-    checkpoint, metrics = best
-    space = dataset.info.label_space
-    model, model_spec, preprocess = build_classifier(
-        recipe.model, recipe.preprocess, space.num_classes
-    )
-    started_from = initial_sha256(model.backbone, recipe.model.weights_source)
-    with checkpoint.as_directory() as folder:
-        state = torch.load(os.path.join(folder, STATE_FILE), weights_only=True, map_location="cpu")
-        validation = storage.read_table(os.path.join(folder, PREDICTIONS_FILE))
-    model.load_state_dict(state["model"])
-    # What calibrates must be of families that trained nothing; only a given split has others.
-    known = dataset.split("validation")
-    clean = known.filter(pc.invert(known["copy_in_training"]))
-    if clean.num_rows:
-        ids = validation["scan_id"]
-        validation = validation.filter(pc.is_in(ids, clean["scan_id"].combine_chunks()))
-    group_of = groups_of(known)
-    groups = [group_of[scan_id] for scan_id in validation["scan_id"].to_pylist()]
-    validation = validation.append_column("group", pa.array(groups, pa.string()))
-    info = RunInfo(
-        name=os.path.basename(location),
-        recipe=recipe.model_dump(mode="json"),
-        recipe_digest=recipe.digest,
-        label_space=space,
-        model=model_spec,
-        preprocess=preprocess,
-        golden_digest=Preprocessor(preprocess).golden_digest,
-        dataset=dataset.location,
-        dataset_digest=dataset.info.digest,
-        kept_epoch=int(metrics["epoch"]),
-        metrics={k: float(v) for k, v in metrics.items() if k.startswith("val_")},
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        num_workers=scaling.num_workers,
-        device=scaling.device,
-        seconds=round(seconds, 1),
-        environment=environment() | {"initial_weights_sha256": started_from},
-        run_ids=tuple(run_ids),
-    )
-    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
-    seen = dataset.catalog()  # validation scans as well: they chose the epoch, and will calibrate
-    seen = seen.filter(pc.not_equal(seen["split"], ""))
-    digests = pa.table({"pixel_sha256": seen["pixel_sha256"].unique()})
-    storage.write_json(storage.join(location, "recipe.json"), info.recipe)
-    storage.write_table(storage.join(location, "validation.parquet"), validation)
-    storage.write_table(storage.join(location, "training_scans.parquet"), digests)
-    storage.write_bytes(
-        storage.join(location, "model.safetensors"), safetensors.torch.save(tensors)
-    )
-    storage.write_json(storage.join(location, "run.json"), info.model_dump(mode="json"))
-    return Run(location)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -10,9 +10,10 @@ from bt_core import storage
 from bt_core.errors import RunError
 from bt_core.training.augment import augment
 from bt_core.training.engine import Predictions, steps_per_epoch, stopped_early, worker_batch_size
-from bt_core.training.launch import _root_cause, as_begun, plan_scaling
+from bt_core.training.launch import _root_cause, plan_scaling
 from bt_core.training.losses import build_loss
 from bt_core.training.process_group import interface_of
+from bt_core.training.run_folder import as_begun
 from bt_core.training.spec import AugmentSpec, TrainSpec
 from bt_core.training.stages import build_optimizer, build_schedule
 from cluster.session import Resources, _cpus_per_gpu
