@@ -41,10 +41,16 @@ def all_but_code(root: Path) -> list[str]:
 def plain_variables() -> dict[str, str]:
     """Return what is set here of the variables that all processes of a run must agree on.
 
-    They say what is read and where a store is, and hold no secret.
+    They say what is read and where a store is. A cluster's dashboard shows them to everyone.
+
+    Raises:
+        UsageError: if one holds a secret.
     """
     taken = (*limits.VARIABLES, *stores.VARIABLES)
-    return {name: os.environ[name] for name in taken if name in os.environ}
+    variables = {name: os.environ[name] for name in taken if name in os.environ}
+    for name in stores.VARIABLES:
+        storage.refuse_secrets(variables.get(name, ""))
+    return variables
 
 
 def _variables() -> dict[str, str]:
@@ -55,8 +61,6 @@ def _variables() -> dict[str, str]:
             "the key into a file on the cluster's nodes and name it by BT_HASH_KEY_FILE"
         )
     variables = plain_variables()
-    for name in stores.VARIABLES:
-        storage.refuse_secrets(variables.get(name, ""))
     if location := os.environ.get("BT_HASH_KEY_FILE"):
         storage.refuse_secrets(location)
         variables["BT_HASH_KEY_FILE"] = storage.absolute(location)

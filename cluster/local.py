@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -66,18 +67,20 @@ class Node:
         """Ask it to end, which takes seconds; several that are asked at once end at once."""
         self.process.send_signal(signal.SIGTERM)
 
-    def wait_until_started(self) -> None:
+    def wait_until_started(self, stopped: threading.Event) -> None:
         """Return when it works.
 
         Raises:
             RunError: if it ends, or takes too long.
+            KeyboardInterrupt: when `stopped` is set.
         """
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
             self.check()
             if b"Ray runtime started" in self._said():
                 return
-            time.sleep(0.2)
+            if stopped.wait(0.2):
+                raise KeyboardInterrupt
         raise RunError(f"a node does not start: {self._last_line()}")
 
     def _said(self) -> bytes:
@@ -91,12 +94,15 @@ class Node:
 
 
 @contextmanager
-def head(options: NodeOptions, port: int, dashboard_port: int) -> Iterator[Node]:
+def head(
+    options: NodeOptions, port: int, dashboard_port: int, stopped: threading.Event
+) -> Iterator[Node]:
     """Run a head, with a dashboard on loopback that takes jobs, while the block runs.
 
     Raises:
         UsageError: if a port is taken or Ray's protection by a token is switched off.
         RunError: if it does not start.
+        KeyboardInterrupt: when `stopped` is set while it starts.
     """
     _make_token()
     _check_free(options.host, port)
@@ -105,17 +111,18 @@ def head(options: NodeOptions, port: int, dashboard_port: int) -> Iterator[Node]
         "--head", f"--port={port}", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard_port}", f"--resources={json.dumps({SCORING_JOB: 1})}",
     ]  # fmt: skip
-    with _node(options, words) as node:
+    with _node(options, words, stopped) as node:
         yield node
 
 
 @contextmanager
-def worker(options: NodeOptions, address: str) -> Iterator[Node]:
+def worker(options: NodeOptions, address: str, stopped: threading.Event) -> Iterator[Node]:
     """Run a node that joins the head at an address, while the block runs.
 
     Raises:
         UsageError: if nobody answers there, it is no HOST:PORT, or there is no token here.
         RunError: if it does not start.
+        KeyboardInterrupt: when `stopped` is set while it starts.
     """
     host, port = _head_of(address)
     _refuse_unprotected()
@@ -125,7 +132,7 @@ def worker(options: NodeOptions, address: str) -> Iterator[Node]:
             "head's machine to this one"
         )
     refuse_silent(host, port, address)
-    with _node(options, [f"--address={address}"]) as node:
+    with _node(options, [f"--address={address}"], stopped) as node:
         yield node
 
 
@@ -140,7 +147,7 @@ def _head_of(address: str) -> tuple[str, int]:
 
 
 @contextmanager
-def _node(options: NodeOptions, words: list[str]) -> Iterator[Node]:
+def _node(options: NodeOptions, words: list[str], stopped: threading.Event) -> Iterator[Node]:
     agent, runtime_env = free_port(options.host), free_port(options.host)
     memory = int(options.memory_share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     # Its own folder: what Ray notes in the usual one would lead other commands here.
@@ -165,7 +172,7 @@ def _node(options: NodeOptions, words: list[str]) -> Iterator[Node]:
         )
         node = Node(process, log)
         try:
-            node.wait_until_started()
+            node.wait_until_started(stopped)
             yield node
         finally:
             node.stop()

@@ -184,10 +184,11 @@ def placed(
 def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] | None) -> None:
     for name, value in _BOUNDED.items():
         os.environ.setdefault(name, value)
-    bounded = {name: os.environ[name] for name in _BOUNDED}
-    # A local Ray inherits all but the last.
-    variables = {RUN_ID: run_id(), **bounded, **plain_variables(), **(worker_env or {})}
     address = os.environ.get("RAY_ADDRESS")
+    variables = dict(worker_env or {})
+    if address:  # a local Ray inherits the others
+        bounded = {name: os.environ[name] for name in _BOUNDED}
+        variables = {RUN_ID: run_id(), **bounded, **plain_variables(), **variables}
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         if address:
@@ -208,7 +209,7 @@ def _init(num_cpus: int | None, dashboard: bool, worker_env: Mapping[str, str] |
         ray.init(
             address="local",
             num_cpus=cores,
-            runtime_env={"env_vars": dict(worker_env)} if worker_env else None,
+            runtime_env={"env_vars": variables} if variables else None,
             include_dashboard=dashboard,
             resources={SCORING_JOB: 1} if dashboard else None,
             logging_level=logging.WARNING,

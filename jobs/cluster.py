@@ -2,9 +2,8 @@
 
 import os
 import signal
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+import threading
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,26 +37,32 @@ def run_up(
 
     Who has no token, ~/.ray/auth_token, gets no answer from it.
     """
-    from cluster.local import NodeOptions, head, worker
+    from cluster.local import Node, NodeOptions, head, worker
 
     cores = len(os.sched_getaffinity(0))
     share = 0.3 / (nodes + 1)
     own = NodeOptions(host, cpus or max(2, cores // max(1, nodes)), gpus, share)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    with _ended_by_signals(), ExitStack() as stack:
+    stopped = _stop_signal()
+    running: list[Node] = []
+    with ExitStack() as stack:
         first = NodeOptions(host, 0, 0, share)  # as in ray_cluster.yaml, it only coordinates
-        running = [stack.enter_context(head(first, port, dashboard_port))]
-        running += [stack.enter_context(worker(own, address)) for _ in range(nodes)]
-        print(f"{nodes} nodes of {own.num_cpus} CPUs and a head at {address}")
-        print(f"as jobs: bt COMMAND ... --submit http://127.0.0.1:{dashboard_port}")
-        print(f"from here: RAY_ADDRESS={address} bt COMMAND ...")
-        if host != "127.0.0.1":
-            print(f"more nodes: bt cluster join {address} --host ADDRESS, with the same token")
-        print("Ctrl-C ends it", flush=True)
-        _wait(running[0])
-        print("ending, which takes up to half a minute", flush=True)
-        for node in running[1:]:
-            node.stop()
+        try:
+            running += [stack.enter_context(head(first, port, dashboard_port, stopped))]
+            for _ in range(nodes):
+                running += [stack.enter_context(worker(own, address, stopped))]
+            print(f"{nodes} nodes of {own.num_cpus} CPUs and a head at {address}")
+            print(f"as jobs: bt COMMAND ... --submit http://127.0.0.1:{dashboard_port}")
+            print(f"from here: RAY_ADDRESS={address} bt COMMAND ...")
+            if host != "127.0.0.1":
+                print(f"more nodes: bt cluster join {address} --host ADDRESS, with the same token")
+            print("Ctrl-C ends it", flush=True)
+            _wait(stopped, running[0])
+        finally:
+            if running:
+                print("ending, which takes up to half a minute", flush=True)
+            for node in running[1:]:  # all at once, and the head behind them
+                node.stop()
     print("ended")
     return EXIT_OK
 
@@ -76,40 +81,28 @@ def run_join(
 
     warn_unless_locked()
     num_cpus = len(os.sched_getaffinity(0)) if cpus is None else cpus
-    with _ended_by_signals(), worker(NodeOptions(host, num_cpus, gpus), address) as node:
+    stopped = _stop_signal()
+    with worker(NodeOptions(host, num_cpus, gpus), address, stopped) as node:
         print(f"{num_cpus} CPUs at {host} work for {address}; Ctrl-C ends it", flush=True)
-        _wait(node)
+        _wait(stopped, node)
     return EXIT_OK
 
 
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM interrupt the block, and no other what ends it."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def interrupt(*_: object) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = [signal.signal(number, interrupt) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+def _stop_signal() -> threading.Event:
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    return stopped
 
 
-def _wait(node: "Node") -> None:
+def _wait(stopped: threading.Event, node: "Node") -> None:
     """Return at a signal.
 
     Raises:
         RunError: if the node ends by itself.
     """
-    with suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(1.0)
-            node.check()
+    while not stopped.wait(1.0):
+        node.check()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from ray.job_submission import JobDetails, JobStatus
 from bt_core import stores
 from bt_core.errors import EXIT_INTERRUPTED, RunError, UsageError
 from bt_core.log import logger
-from cluster.environment import all_but_code, job_environment
+from cluster.environment import all_but_code, job_environment, plain_variables
 from cluster.local import free_port
 from cluster.pins import unlike_the_lock
 from cluster.submit import Follower, _followed, submit, submitted
@@ -127,6 +127,8 @@ def test_where_a_store_is_goes_along_without_what_is_secret(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://KEY:SECRET@minio:9000")
     with pytest.raises(UsageError, match="holds a password"):
         job_environment("one")
+    with pytest.raises(UsageError, match="holds a password"):
+        plain_variables()
 
 
 class DeadHead:
