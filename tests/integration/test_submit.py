@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from bt_core.errors import EXIT_FAILED, EXIT_USAGE
+from bt_core.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 from tests.conftest import bt, bt_process
 from tests.integration.test_cluster import BT
 
@@ -159,7 +159,7 @@ def test_ctrl_c_in_a_terminal_asks_and_yes_stops_the_job(dashboard):
             shown += os.read(keyboard, 4096).decode()
         os.write(keyboard, typed.encode())
     assert f"stop job {job} on the cluster too? [y/N]:" in shown
-    assert process.wait(60) == EXIT_FAILED
+    assert process.wait(60) == EXIT_INTERRUPTED
     os.close(keyboard)
     assert client.get_job_status(job) == JobStatus.STOPPED
 
