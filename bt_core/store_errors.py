@@ -10,6 +10,7 @@ _AWAY: Final = re.compile(
     r"AWS Error (?:NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|"
     r"REQUEST_TIMEOUT|THROTTLING|UNKNOWN \(HTTP status (?:5\d\d|429|408)\))"
     r"|(?:UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)\b"
+    r"|web server \S+: (?!status 4(?!08|29))"
 )
 """How pyarrow says that a store did not answer, however often it was asked."""
 _OF_FILE: Final = re.compile(
@@ -21,11 +22,13 @@ _SAID: Final = re.compile(
     r"AWS Error [A-Z_]+(?: \(HTTP status \d+\))?(?: during \w+ operation)?"
     r"(?:: (?:Unable to parse ExceptionName: \w+|curlCode: \d+, [\w' ]+))?"
     r"|(?<=google::cloud::Status\()[A-Z_]+"
+    r"|web server \S+: (?:status \d+|[A-Z]\w+|an answer (?:without a length|unlike the question))"
 )
 """What a store says, without its own words, which may name a file."""
 _QUOTED: Final = re.compile(r"\bStoreError: ([^\n]+)")
 _ELSEWHERE: Final = re.compile(r"\(pid=\d+, ip=([^,)]+)")
 """The node of a task, in what Ray quotes of its traceback."""
+_WEB: Final = re.compile(r"web server (\S+): (.+)")
 _BUCKET: Final = re.compile("in bucket '([^']*)'")
 
 
@@ -59,9 +62,12 @@ def refuse_away(error: BaseException, store: str = "the store") -> None:
 
 
 def _explain(said: str, text: str, store: str) -> str:
-    bucket = _BUCKET.search(text)
-    store = f"s3://{bucket[1]}" if bucket else store
-    if _AWAY.match(said):
+    is_away = bool(_AWAY.match(said))
+    if bucket := _BUCKET.search(text):
+        store = f"s3://{bucket[1]}"
+    elif web := _WEB.match(said):
+        store, said = web.groups()
+    if is_away:
         return (
             f"{store} does not answer: {said.strip()}; what is done is kept: when it answers "
             "again, give the same command again"

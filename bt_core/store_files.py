@@ -10,13 +10,12 @@ from pyarrow import fs
 
 from bt_core.store_errors import FileFault
 from bt_core.stores import MAX_ATTEMPTS
+from bt_core.web import WebHandler, open_url
 
 T = TypeVar("T")
 SHORT_PART: Final = "Failed to flush response stream"
 """What pyarrow says of an answer longer than the part of a file that it asked for, as the text of
 an error may be. It does not ask again then."""
-_HELD_BYTES: Final = 512 * 1024**2
-"""Largest file held in memory because its server does not read from the middle of a file."""
 
 
 def again(read: Callable[[], T]) -> T:
@@ -68,26 +67,6 @@ class _StoreFile(io.RawIOBase):
         return len(content)
 
 
-def _reads_anywhere(file: pa.NativeFile) -> bool:
-    """Tell a plain HTTP server, which ignores ranges, by asking for the last byte."""
-    try:
-        size = file.size()
-        return size == 0 or len(file.read_at(1, size - 1)) == 1
-    except Exception:  # a new request then gives the whole file, or the error that counts
-        return False
-
-
-def _held(whole: BinaryIO) -> io.BytesIO:
-    """Read a stream into memory; one that may give less than asked for at a time."""
-    held = io.BytesIO()
-    while chunk := whole.read(1024**2):
-        if held.tell() + len(chunk) > _HELD_BYTES:
-            raise FileFault("the server reads files from their start only; fetch it first")
-        held.write(chunk)
-    held.seek(0)
-    return held
-
-
 def open_file(
     filesystem_: fs.FileSystem, path: str, buffer_bytes: int = 256 * 1024
 ) -> BinaryIO | io.BufferedReader:
@@ -104,11 +83,10 @@ def open_file(
     """
     if isinstance(filesystem_, fs.LocalFileSystem):
         return open(path, "rb")
+    if isinstance(filesystem_, fs.PyFileSystem) and isinstance(filesystem_.handler, WebHandler):
+        return open_url(path, buffer_bytes)
     try:
         file = _open_remote(filesystem_, path)
-        if isinstance(filesystem_, fs.PyFileSystem) and not _reads_anywhere(file):
-            with filesystem_.handler.fs.open(path, block_size=0) as whole:
-                return _held(whole)
         return io.BufferedReader(_StoreFile(file, file.size()), buffer_bytes)
     except OSError:
         raise

@@ -1,22 +1,20 @@
 """Locations and the stores behind them, each opened once per process and asked again when it fails.
 
-A location is a local path, or a URI of any store that pyarrow or fsspec opens. A store (S3) or web
-server that answers with an error, late or not at all is asked again (`MAX_ATTEMPTS`), by every
-process that gets its client; one that stays away, or refuses, is `StoreError`, never a scan that
-cannot be read.
+A location is a local path, or a URI: of a web server, or any store that pyarrow or fsspec opens. An
+S3 store (or web server) that answers with an error, late or not at all is asked again
+(`MAX_ATTEMPTS`), by every process that gets its client; one that stays away, or refuses, is
+`StoreError`, never a scan that cannot be read.
 
 The requests of a process to S3 share a budget of 100 retries (AWS's standard), which a success
 fills up again: where a store fails all of many requests at once, it is asked less often than that.
 """
 
-import asyncio
 import json
 import os
 import re
 import threading
-from contextlib import suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -24,17 +22,10 @@ import pyarrow as pa
 from pyarrow import fs
 
 from bt_core.errors import ConfigError, UsageError, first_line
-
-if TYPE_CHECKING:
-    from aiohttp import ClientRequest, ClientResponse
-    from aiohttp.client_middlewares import ClientHandlerType
+from bt_core.web import WebHandler
 
 MAX_ATTEMPTS: Final = 8
-"""Of a request, with pauses that double: up to 70 s in all to S3, where `AWS_MAX_ATTEMPTS` changes
-it, and 13 s to a web server."""
-_WEB_PAUSE_SECONDS: Final = 0.1
-_WEB_BUSY: Final = frozenset({408, 429, 500, 502, 503, 504})
-"""What a web server answers that may answer otherwise when it is asked again."""
+"""Of a request to S3, with pauses that double: up to 70 s in all. `AWS_MAX_ATTEMPTS` changes it."""
 VARIABLES: Final = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION",
     "AWS_MAX_ATTEMPTS",
@@ -143,6 +134,8 @@ def _client(max_attempts: int, options: str) -> S3Store:
 
 
 def _open_uri(location: str) -> tuple[fs.FileSystem, str]:
+    if location.startswith(("http://", "https://")):
+        return fs.PyFileSystem(WebHandler()), location
     if location.startswith("s3://"):
         parts = urlsplit(location.replace("#", "%23"))
         query = f"?{parts.query}" if parts.query else ""
@@ -174,41 +167,10 @@ def _open_once(location: str) -> tuple[fs.FileSystem, str]:
     except OSError as error:  # the first line; what follows may be a page of library paths
         raise UsageError(f"cannot open {redact(location)}: {redact(first_line(error))}") from error
     try:
-        is_web = location.startswith(("http://", "https://"))
-        opened, path = fsspec.core.url_to_fs(location, **(_web_options() if is_web else {}))
+        opened, path = fsspec.core.url_to_fs(location)
     except Exception as error:  # each of fsspec's stores has its own errors
         raise UsageError(
             f"cannot open {redact(location)}: {redact(first_line(error))}; use a local path or a "
             "URI that pyarrow.fs (s3://, gs://, hdfs://, file://) or fsspec (http://, ...) opens"
         ) from error
     return fs.PyFileSystem(fs.FSSpecHandler(opened)), str(path)
-
-
-def _web_options() -> dict[str, Any]:
-    """Return options of fsspec's HTTP store: of waiting, which it does for ever, and of retries."""
-    from aiohttp import ClientTimeout
-
-    timeout = ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
-    return {"client_kwargs": {"timeout": timeout, "middlewares": (_ask_again,)}}
-
-
-async def _ask_again(request: "ClientRequest", send: "ClientHandlerType") -> "ClientResponse":
-    """Send a request of aiohttp, as its middleware, until an answer comes that counts."""
-    from aiohttp import ClientConnectionError, ClientPayloadError
-
-    for attempt in range(MAX_ATTEMPTS - 1):
-        with suppress(ClientConnectionError, ClientPayloadError, TimeoutError):
-            response = await _answer(request, send)
-            if response.status not in _WEB_BUSY:
-                return response
-            response.release()
-        await asyncio.sleep(_WEB_PAUSE_SECONDS * 2**attempt)
-    return await _answer(request, send)
-
-
-async def _answer(request: "ClientRequest", send: "ClientHandlerType") -> "ClientResponse":
-    """Return an answer; a part that was asked for read whole: one that breaks off is an error."""
-    response = await send(request)
-    if response.status == 206 and "Range" in request.headers:
-        await response.read()
-    return response

@@ -91,6 +91,8 @@ def _check_store(
         raise _place_fault(f"{shown} {_why(error)}", "see that it answers there") from error
     if position == NAMED and isinstance(filesystem, fs.PyFileSystem):
         return
+    if position < 0 and filesystem.type_name == "py::web":  # it has no folders that could be asked
+        return
     try:
         is_there = filesystem.get_file_info(path).type != fs.FileType.NotFound
     except Exception as unknown:  # a store's own errors

@@ -11,15 +11,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-FOUNDATIONS = {"errors", "labels", "log", "storage", "store_errors", "store_files", "stores"}
+FOUNDATIONS = {"errors", "labels", "log", "storage", "store_errors", "store_files", "stores", "web"}
 # A package of bt_core may import itself and what is listed here.
 ALLOWED = {
     "errors": set(),
     "log": {"errors"},
     "labels": {"errors"},
     "store_errors": {"errors"},
-    "stores": {"errors"},
-    "store_files": {"store_errors", "stores"},
+    "web": {"store_errors"},
+    "stores": {"errors", "web"},
+    "store_files": {"store_errors", "stores", "web"},
     "storage": {"store_files", "stores"},
     "locks": {"errors", "storage"},
     "config": FOUNDATIONS,

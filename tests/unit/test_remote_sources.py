@@ -1,13 +1,8 @@
-"""The same sources at URIs: an S3 server on loopback, plain and ranged HTTP, fsspec's memory."""
+"""The same sources at URIs: an S3 server on loopback, fsspec's memory."""
 
-import functools
-import gzip
-import http.server
 import logging
 import os
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -15,7 +10,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from bt_core import storage, store_files, stores
+from bt_core import storage, store_files
 from bt_core.errors import SourceError, StoreError, UsageError
 from bt_core.scans.archives import ScanRef, list_scans, read_member, stream_members
 from bt_core.scans.members import NAMED
@@ -128,137 +123,6 @@ def test_one_request_brings_many_members(
     assert len(reads) <= 10
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files from their start only."""
-
-    def log_message(self, *words: object) -> None:
-        """Say nothing."""
-
-    def copyfile(self, source: object, outputfile: object) -> None:
-        """Bear a client that has seen enough."""
-        try:
-            super().copyfile(source, outputfile)
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True
-
-
-class Ranged(Quiet):
-    """Serves parts of files, as most servers do."""
-
-    def do_GET(self) -> None:
-        if not Path(self.translate_path(self.path)).exists():
-            return self.send_error(404)
-        content = Path(self.translate_path(self.path)).read_bytes()
-        first, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
-        part = content[int(first) : int(last) + 1 if last else None]
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part)}/{len(content)}")
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        self.wfile.write(part)
-
-
-class Busy(Ranged):
-    """Fails two of each three requests: one is refused, of one the answer breaks off."""
-
-    num_requests = 0
-    num_failed = 0
-
-    def _fails(self) -> bool:
-        Busy.num_requests += 1
-        if Busy.num_requests % 3 == 0:
-            return False
-        Busy.num_failed += 1
-        if Busy.num_requests % 3 == 1 or "Range" not in self.headers:
-            self.send_error(503)
-        else:
-            self.send_response(206)
-            self.send_header("Content-Range", "bytes 0-99/1000")
-            self.send_header("Content-Length", "100")
-            self.end_headers()
-            self.wfile.write(b"half")
-        return True
-
-    def do_GET(self) -> None:
-        if not self._fails():
-            super().do_GET()
-
-    def do_HEAD(self) -> None:
-        if not self._fails():
-            super().do_HEAD()
-
-
-class Down(Ranged):
-    """Answers 503 to all requests."""
-
-    def do_GET(self) -> None:
-        self.send_error(503)
-
-    def do_HEAD(self) -> None:
-        self.send_error(503)
-
-
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "_WEB_PAUSE_SECONDS", 0.001)
-
-
-@pytest.fixture(params=[Quiet, Ranged, Busy])
-def web(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    with served(request.param, tmp_path) as address:
-        yield address
-    assert (Busy.num_failed > 0) == (request.param is Busy)
-    Busy.num_failed = 0
-
-
-@contextmanager
-def served(kind: type[Quiet], tmp_path: Path) -> Iterator[str]:
-    make_zip(tmp_path / "a.zip", [*FILES.items(), ("big.png", bytes(3 * 1024**2))])
-    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar_bytes(list(FILES.items()))))
-    (tmp_path / "a.png").write_bytes(b"first")
-    handler = functools.partial(kind, directory=str(tmp_path))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_files_and_archives_are_read_over_http(web: str) -> None:
-    assert contents(f"{web}/a.zip") == {**FILES, "big.png": bytes(3 * 1024**2)}
-    assert contents(f"{web}/a.tar.gz") == FILES
-    assert contents(f"{web}/a.png") == {"a.png": b"first"}
-
-
-def test_a_server_that_refuses_is_no_fault_of_a_row(web: str, tmp_path: Path) -> None:
-    (tmp_path / "l.csv").write_text(f"path\n{web}/a.png\n{web}/none.png\nhttp://127.0.0.1:1/a.png")
-    there, missing, away = list_scans(str(tmp_path / "l.csv")).refs
-    assert read_member(there) == b"first"
-    assert refusal(missing).reason == "io_error"
-    with pytest.raises(StoreError, match=r"http://127.0.0.1:1 cannot be read \(.*same command"):
-        read_member(away)
-
-
-def test_a_server_that_stays_busy_is_no_fault_of_a_row(tmp_path: Path) -> None:
-    with served(Down, tmp_path) as web:
-        (tmp_path / "l.csv").write_text(f"path\n{web}/a.png\n")
-        [down] = list_scans(str(tmp_path / "l.csv")).refs
-        with pytest.raises(StoreError, match=r"ClientResponseError 503\).*same command"):
-            read_member(down)
-
-
-def test_a_missing_file_on_http_is_named(web: str) -> None:
-    with pytest.raises(SourceError, match=r"none\.zip does not exist"):
-        list_scans(f"{web}/none.zip")
-
-
-def test_a_server_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(UsageError, match=r"127\.0\.0\.1:1/a\.zip"):
-        list_scans("http://127.0.0.1:1/a.zip")
-
-
 def test_fsspec_stores_are_sources(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     try:
@@ -353,15 +217,13 @@ def test_a_relative_row_of_a_list_on_a_server_may_not_be_signed() -> None:
 
 
 def test_rows_keep_queries_that_are_no_secrets(
-    s3: fs.S3FileSystem, web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: fs.S3FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     query = os.environ["AWS_ENDPOINT_URL"].replace("http://", "scheme=http&endpoint_override=")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    rows = [f"s3://scans/folder/glioma/a.png?{query}", f"{web}/a.png?versionId=x%2By/z"]
-    (tmp_path / "l.csv").write_text("\n".join(["path", *rows]))
-    refs = list_scans(str(tmp_path / "l.csv")).refs
-    assert [read_member(ref) for ref in refs] == [b"first", b"first"]
-    assert [ref.member for ref in refs] == ["a.png", "a.png?versionId=x%2By/z"]
+    (tmp_path / "l.csv").write_text(f"path\ns3://scans/folder/glioma/a.png?{query}\n")
+    [ref] = list_scans(str(tmp_path / "l.csv")).refs
+    assert (ref.member, read_member(ref)) == ("a.png", b"first")
 
 
 @pytest.mark.parametrize("scheme", ["s3", "http", "sftp", "foo"])
