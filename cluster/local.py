@@ -9,9 +9,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,20 +66,21 @@ class Node:
         """Ask it to end, which takes seconds; several that are asked at once end at once."""
         self.process.send_signal(signal.SIGTERM)
 
-    def wait_until_started(self, stopped: threading.Event) -> None:
+    def wait_until_started(self, stopped: Callable[[], bool]) -> None:
         """Return when it works.
 
         Raises:
             RunError: if it ends, or takes too long.
-            KeyboardInterrupt: when `stopped` is set.
+            KeyboardInterrupt: if `stopped`.
         """
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
             self.check()
             if b"Ray runtime started" in self._said():
                 return
-            if stopped.wait(0.2):
+            if stopped():
                 raise KeyboardInterrupt
+            time.sleep(0.2)
         raise RunError(f"a node does not start: {self._last_line()}")
 
     def _said(self) -> bytes:
@@ -95,14 +95,14 @@ class Node:
 
 @contextmanager
 def head(
-    options: NodeOptions, port: int, dashboard_port: int, stopped: threading.Event
+    options: NodeOptions, port: int, dashboard_port: int, stopped: Callable[[], bool]
 ) -> Iterator[Node]:
     """Run a head, with a dashboard on loopback that takes jobs, while the block runs.
 
     Raises:
         UsageError: if a port is taken or Ray's protection by a token is switched off.
         RunError: if it does not start.
-        KeyboardInterrupt: when `stopped` is set while it starts.
+        KeyboardInterrupt: if `stopped` while it starts.
     """
     _make_token()
     _check_free(options.host, port)
@@ -116,13 +116,13 @@ def head(
 
 
 @contextmanager
-def worker(options: NodeOptions, address: str, stopped: threading.Event) -> Iterator[Node]:
+def worker(options: NodeOptions, address: str, stopped: Callable[[], bool]) -> Iterator[Node]:
     """Run a node that joins the head at an address, while the block runs.
 
     Raises:
         UsageError: if nobody answers there, it is no HOST:PORT, or there is no token here.
         RunError: if it does not start.
-        KeyboardInterrupt: when `stopped` is set while it starts.
+        KeyboardInterrupt: if `stopped` while it starts.
     """
     host, port = _head_of(address)
     _refuse_unprotected()
@@ -147,7 +147,7 @@ def _head_of(address: str) -> tuple[str, int]:
 
 
 @contextmanager
-def _node(options: NodeOptions, words: list[str], stopped: threading.Event) -> Iterator[Node]:
+def _node(options: NodeOptions, words: list[str], stopped: Callable[[], bool]) -> Iterator[Node]:
     agent, runtime_env = free_port(options.host), free_port(options.host)
     memory = int(options.memory_share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     # Its own folder: what Ray notes in the usual one would lead other commands here.
@@ -189,7 +189,13 @@ def _make_token() -> None:
     if not has_token():  # by Ray itself; it prints the token
         command = [sys.executable, "-m", "ray.scripts.scripts", "get-auth-token", "--generate"]
         environment = {**os.environ, "RAY_AUTH_MODE": "token"}
-        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            check=True,
+            start_new_session=True,  # Ctrl-C is for this process
+        )
     if (file := TOKEN_FILE.expanduser()).exists():
         file.chmod(0o600)
 

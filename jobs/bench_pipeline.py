@@ -154,16 +154,19 @@ def _figures_on_nodes(folder: str, num_nodes: int, cpus_each: int) -> dict[str, 
 
     share = 0.3 / (num_nodes + 1)
     port, dashboard_port = free_port(), free_port()
-    never = threading.Event()  # Ctrl-C interrupts this process itself
     with ExitStack() as stack:
         first = NodeOptions("127.0.0.1", 0, memory_share=share)
-        stack.enter_context(head(first, port, dashboard_port, never))
+        stack.enter_context(head(first, port, dashboard_port, _never))
         own = NodeOptions("127.0.0.1", cpus_each, memory_share=share)
         for _ in range(num_nodes):
-            stack.enter_context(worker(own, f"127.0.0.1:{port}", never))
+            stack.enter_context(worker(own, f"127.0.0.1:{port}", _never))
         os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"
         use_token(os.environ["RAY_ADDRESS"])
         return _pipeline_figures(folder)
+
+
+def _never() -> bool:
+    return False  # Ctrl-C interrupts this process itself
 
 
 def _pipeline_figures(folder: str) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """`bt cluster`: a Ray cluster of several nodes on this machine, or a node that joins one."""
 
 import os
-import signal
-import threading
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bt_core.errors import EXIT_OK
+from jobs.command import stop_signal
 
 if TYPE_CHECKING:
     from cluster.local import Node
@@ -43,7 +44,7 @@ def run_up(
     share = 0.3 / (nodes + 1)
     own = NodeOptions(host, cpus or max(2, cores // max(1, nodes)), gpus, share)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    stopped = _stop_signal()
+    stopped = stop_signal()
     running: list[Node] = []
     with ExitStack() as stack:
         first = NodeOptions(host, 0, 0, share)  # as in ray_cluster.yaml, it only coordinates
@@ -81,28 +82,22 @@ def run_join(
 
     warn_unless_locked()
     num_cpus = len(os.sched_getaffinity(0)) if cpus is None else cpus
-    stopped = _stop_signal()
+    stopped = stop_signal()
     with worker(NodeOptions(host, num_cpus, gpus), address, stopped) as node:
         print(f"{num_cpus} CPUs at {host} work for {address}; Ctrl-C ends it", flush=True)
         _wait(stopped, node)
     return EXIT_OK
 
 
-def _stop_signal() -> threading.Event:
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    return stopped
-
-
-def _wait(stopped: threading.Event, node: "Node") -> None:
+def _wait(stopped: Callable[[], bool], node: "Node") -> None:
     """Return at a signal.
 
     Raises:
         RunError: if the node ends by itself.
     """
-    while not stopped.wait(1.0):
+    while not stopped():
         node.check()
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import functools
 import inspect
 import logging
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -115,6 +116,17 @@ def command(name: str, run: Callable[..., int]) -> Callable[..., None]:
     given = {"context": typer.Context, "submit": submit_option, "debug": _DEBUG}
     wrapped.__annotations__ = {**run.__annotations__, **given}
     return wrapped
+
+
+def stop_signal() -> Callable[[], bool]:
+    """Catch SIGINT and SIGTERM from now on; return what says whether one has come.
+
+    There is no lock in it, which a signal could come upon while it is held.
+    """
+    came: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda caught, _: came.append(caught))
+    return lambda: bool(came)
 
 
 def class_shares(text: str, names: tuple[str, ...]) -> dict[str, float]:

@@ -2,14 +2,14 @@
 
 import errno
 import os
-import signal
-import threading
+import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from bt_core import storage
 from bt_core.errors import EXIT_OK, UsageError
 from jobs import serve_options
+from jobs.command import stop_signal
 from jobs.options import BundleArgument, DeviceOption
 
 if TYPE_CHECKING:
@@ -139,7 +139,9 @@ def _serve(
             cluster = ray.get_runtime_context().gcs_address
             print(f"another bundle: RAY_ADDRESS={cluster} bt serve BUNDLE --swap")
             print("Ctrl-C stops it", flush=True)
-            _wait_for_stop()
+            stopped = stop_signal()
+            while not stopped():
+                time.sleep(0.5)
             print("stopping: what was begun is answered first", flush=True)
         finally:
             serve.shutdown()
@@ -160,13 +162,6 @@ def _swap(bundle: "Bundle", device: str) -> int:
         before, after = swap(EnsembleSettings(bundle=bundle.location, device=chosen))
     print(f"bundle {after} answers in place of {before}")
     return EXIT_OK
-
-
-def _wait_for_stop() -> None:
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    stopped.wait()
 
 
 def _check_port(host: str, port: int) -> None:
