@@ -243,10 +243,11 @@ def test_a_node_that_is_lost_costs_no_result(site, work, tmp_path, command):
         site.join(lost)
 
 
+@pytest.mark.parametrize("command", ["train", "score"])
 @pytest.mark.parametrize("seconds", [5, 30])
-def test_a_cut_network_costs_no_result(site, work, tmp_path, seconds):
-    job = site.start(*work.words("score", tmp_path))
-    cut = site.busy(job, TITLES["score"])
+def test_a_cut_network_costs_no_result(site, work, tmp_path, command, seconds):
+    job = site.start(*work.words(command, tmp_path))
+    cut = site.busy(job, TITLES[command])
     run(f"ip link set btveth{cut} down")
     try:
         time.sleep(seconds)
@@ -255,7 +256,7 @@ def test_a_cut_network_costs_no_result(site, work, tmp_path, seconds):
         run(f"ip link set btveth{cut} up")
     code, said = ended(job)
     assert code == 0, said
-    work.check("score", tmp_path)
+    work.check(command, tmp_path)
     if seconds == 5:
         assert f"10.78.0.{cut + 1}" in site.alive()
     elif f"10.78.0.{cut + 1}" not in site.alive():
@@ -263,13 +264,13 @@ def test_a_cut_network_costs_no_result(site, work, tmp_path, seconds):
         site.join(cut)
 
 
-@pytest.mark.parametrize("command", ["tune", "score"])
+@pytest.mark.parametrize("command", TITLES)
 def test_a_lost_head_costs_the_time_only(site, work, tmp_path, command):
     """The same command goes on with the work of the first, whose orphans live on for a while."""
     words = work.words(command, tmp_path)
     job = site.start(*words)
     site.busy(job, TITLES[command])
-    time.sleep(5)
+    time.sleep({"prepare": 0, "train": 3}.get(command, 5))
     assert job.poll() is None
     orphans = site.kill_head()
     code, said = ended(job)
@@ -279,8 +280,9 @@ def test_a_lost_head_costs_the_time_only(site, work, tmp_path, command):
     assert "the same command" in said
     work.finish_words(*words)
     work.check(command, tmp_path)
-    record = {"tune": "sweep.json", "score": "manifest.json"}[command]
-    assert len(storage.read_json(str(tmp_path / command / record))["run_ids"]) == 2
+    if command != "prepare":  # that begins anew
+        record = {"train": "run.json", "tune": "sweep.json"}.get(command, "manifest.json")
+        assert len(storage.read_json(str(tmp_path / command / record))["run_ids"]) == 2
     for node in orphans:
         node.communicate(timeout=300)
 
