@@ -22,7 +22,8 @@ _SAID: Final = re.compile(
     r"AWS Error [A-Z_]+(?: \(HTTP status \d+\))?(?: during \w+ operation)?"
     r"(?:: (?:Unable to parse ExceptionName: \w+|curlCode: \d+, [\w' ]+))?"
     r"|(?<=google::cloud::Status\()[A-Z_]+"
-    r"|web server \S+: (?:status \d+|[A-Z]\w+|an answer (?:without a length|unlike the question))"
+    r"|web server \S+: (?:status \d+|[A-Z]\w+|a file that changes|"
+    r"an answer (?:without a length|unlike the question))"
 )
 """What a store says, without its own words, which may name a file."""
 _QUOTED: Final = re.compile(r"\bStoreError: ([^\n]+)")

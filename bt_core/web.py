@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import urllib3
 from pyarrow import fs
-from urllib3.exceptions import HTTPError, LocationValueError, ProtocolError
+from urllib3.exceptions import HTTPError, ProtocolError
 
 from bt_core.store_errors import FileFault
 
@@ -27,13 +27,15 @@ _RETRIES: Final = urllib3.Retry(
     allowed_methods=None,
     status_forcelist=(408, 429, 500, 502, 503, 504),
     backoff_factor=0.1,
-    retry_after_max=30,
+    respect_retry_after_header=False,  # it may ask for hours, or in words
     raise_on_redirect=False,
     raise_on_status=False,
 )
-"""Of a request, with pauses that double: up to 13 s in all, more if the server asks for it."""
+"""Of a request, with pauses that double: up to 13 s in all."""
 _TIMEOUT: Final = urllib3.Timeout(connect=10.0, read=30.0)
 _GONE: Final = (404, 410)
+_STORED: Final = ("", "identity", "aws-chunked")
+"""Encodings of an answer that leave the file's bytes as they are."""
 _SPAN: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _HELD_BYTES: Final = 512 * 1024**2
 """Largest file held in memory because its server does not read from the middle of a file."""
@@ -105,16 +107,12 @@ class _Answer:
     Attributes:
         content: the bytes.
         num_in_all: bytes of the whole file.
-        changed: when the file did so for the last time, as the server says.
+        version: by which the server tells one state of the file from another.
     """
 
     content: bytes
     num_in_all: int
-    changed: str = ""
-
-    @property
-    def version(self) -> tuple[int, str]:
-        return self.num_in_all, self.changed
+    version: tuple[str, ...] = ()
 
 
 class _WebFile(io.RawIOBase):
@@ -145,8 +143,8 @@ class _WebFile(io.RawIOBase):
         content = self._start.content[self._position : self._position + wanted]
         if wanted and not content:
             answer = _get(self._url, self._position, wanted)
-            if answer.version != self._start.version or len(answer.content) > wanted:
-                raise FileFault("the file has changed while it was read")
+            if answer.version != self._start.version or answer.num_in_all != self._size:
+                raise _fault(self._url, "a file that changes")
             content = answer.content
         buffer[: len(content)] = content
         self._position += len(content)
@@ -155,13 +153,13 @@ class _WebFile(io.RawIOBase):
 
 @lru_cache(maxsize=1)
 def _pool() -> urllib3.PoolManager:
-    # Its warnings name files, of which a name may be a patient's.
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    return urllib3.PoolManager(maxsize=16, timeout=_TIMEOUT)
+    # What it says names files, of which a name may be a patient's.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    return urllib3.PoolManager(maxsize=16)
 
 
 def _info_of(url: str) -> fs.FileInfo:
-    answer = _ask(url, {"Range": "bytes=0-0"}, _RETRIES)
+    answer = _ask(url, {"Range": "bytes=0-0"})
     answer.close()
     if answer.status in _GONE:
         return fs.FileInfo(url, fs.FileType.NotFound)
@@ -171,30 +169,30 @@ def _info_of(url: str) -> fs.FileInfo:
     size = span[3] if span else answer.headers.get("Content-Length", "")
     try:
         changed = parsedate_to_datetime(answer.headers.get("Last-Modified", ""))
-    except ValueError:
-        changed = None
-    size = int(size) if size.isdecimal() else None
-    return fs.FileInfo(url, fs.FileType.File, size=size, mtime=changed)
+        size = int(size) if size.isdecimal() else None
+        return fs.FileInfo(url, fs.FileType.File, size=size, mtime=changed)
+    except (ValueError, OverflowError):
+        return fs.FileInfo(url, fs.FileType.File)
 
 
 def _get(url: str, first: int, num: int) -> _Answer:
     """Return at most `num` bytes of a file; all, where the server gives no parts of files.
 
-    What breaks off is asked for again as urllib3 itself does, which counts for it no more.
+    urllib3 asks again until an answer begins; for what breaks off behind that, this does.
     """
     retries = _RETRIES
     while True:
-        answer = _ask(url, {"Range": f"bytes={first}-{first + num - 1}"}, retries)
+        answer = _ask(url, {"Range": f"bytes={first}-{first + num - 1}"})
         try:
             if answer.status == 206:
                 return _part(url, answer, first, num)
-            if answer.status == 200 and first == 0:
-                return _whole(url, answer)
+            if answer.status == 200:
+                return _whole(url, answer, first)
             if answer.status == 416 and answer.headers.get("Content-Range") == "bytes */0":
                 return _Answer(b"", 0)
         except HTTPError as error:
             try:
-                retries = (answer.retries or retries).increment("GET", url, error=error)
+                retries = retries.increment("GET", url, error=error)
             except HTTPError:
                 raise _fault(url, type(error).__name__) from None
             retries.sleep()
@@ -203,24 +201,27 @@ def _get(url: str, first: int, num: int) -> _Answer:
             answer.close()
         if answer.status in _GONE:
             raise FileNotFoundError("the server has no such file")
-        if answer.status == 416:
-            raise FileFault("the file has become shorter")
         raise _fault(url, f"status {answer.status}")
 
 
-def _ask(url: str, headers: dict[str, str], retries: urllib3.Retry) -> urllib3.BaseHTTPResponse:
+def _ask(url: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
     """Return an answer whose content has not come yet."""
+    url = url.replace("#", "%23")  # of a file's name: what follows it in a URL would not be sent
+    try:
+        urlsplit(url)
+        urllib3.util.parse_url(url)
+    except ValueError as error:
+        raise FileFault(type(error).__name__) from None
     try:
         return _pool().request(
             "GET",
             url,
             headers={"Accept-Encoding": "identity", **headers},
-            retries=retries,
+            retries=_RETRIES,
+            timeout=_TIMEOUT,
             preload_content=False,
         )
-    except LocationValueError as error:
-        raise FileFault(type(error).__name__) from None
-    except HTTPError as error:  # it quotes the URL, which may hold a name
+    except (HTTPError, ValueError) as error:  # it quotes the URL, which may hold a name
         raise _fault(url, type(getattr(error, "reason", error)).__name__) from None
 
 
@@ -231,36 +232,45 @@ def _part(url: str, answer: urllib3.BaseHTTPResponse, first: int, num: int) -> _
         ProtocolError: if it broke off.
     """
     span = _SPAN.fullmatch(answer.headers.get("Content-Range", ""))
-    is_as_stored = _is_packed(url) or "Content-Encoding" not in answer.headers
     start, last, num_in_all = map(int, span.groups()) if span else (-1, -1, -1)
-    if start != first or not first <= last < min(first + num, num_in_all) or not is_as_stored:
+    if start != first or not first <= last < min(first + num, num_in_all):
         raise _fault(url, "an answer unlike the question")
+    _refuse_encoded(url, answer)
     content = answer.read(num + 1, decode_content=False)
     if len(content) != last + 1 - first:
         raise ProtocolError
-    return _Answer(content, num_in_all, answer.headers.get("Last-Modified", ""))
+    version = [answer.headers.get(name, "") for name in ("ETag", "Last-Modified")]
+    return _Answer(content, num_in_all, tuple(version))
 
 
-def _whole(url: str, answer: urllib3.BaseHTTPResponse) -> _Answer:
+def _whole(url: str, answer: urllib3.BaseHTTPResponse, first: int) -> _Answer:
     """Return a whole file.
 
     Raises:
-        ProtocolError: if it broke off.
+        ProtocolError: if it broke off, or a later part was asked for.
     """
+    if first:
+        raise ProtocolError
     is_chunked = answer.headers.get("Transfer-Encoding", "").lower() == "chunked"
-    if "Content-Length" not in answer.headers and not is_chunked:
+    if answer.length_remaining is None and not is_chunked:
         raise _fault(url, "an answer without a length")  # one that broke off would look whole
+    _refuse_encoded(url, answer)
     held = io.BytesIO()
-    for chunk in answer.stream(1024**2, decode_content=not _is_packed(url)):
+    for chunk in answer.stream(1024**2, decode_content=False):
         held.write(chunk)
         if held.tell() > _HELD_BYTES:
             raise FileFault("the server reads files from their start only; fetch it first")
     return _Answer(held.getvalue(), held.tell())
 
 
-def _is_packed(url: str) -> bool:
-    """Return whether servers call a file's own packing an encoding of the answer."""
-    return urlsplit(url).path.lower().endswith((".gz", ".tgz"))
+def _refuse_encoded(url: str, answer: urllib3.BaseHTTPResponse) -> None:
+    """Raise OSError for an answer of other bytes than the file's, though these were asked for.
+
+    Servers call the packing of such files themselves an encoding.
+    """
+    is_packed = urlsplit(url).path.lower().endswith((".gz", ".tgz"))
+    if answer.headers.get("Content-Encoding", "").lower() not in _STORED and not is_packed:
+        raise _fault(url, "an answer unlike the question")
 
 
 def _fault(url: str, what: str) -> OSError:

@@ -34,7 +34,7 @@ from bt_core.scans.members import (
 from bt_core.scans.scan_lists import SUFFIXES, read_list
 from bt_core.scans.tars import DAMAGE, StreamedTar, TarSource, open_stream
 from bt_core.scans.zips import ZipSource
-from bt_core.store_errors import refuse_away
+from bt_core.store_errors import FileFault, refuse_away
 
 __all__ = [
     "Archive",
@@ -90,9 +90,8 @@ def list_scans(
         raise
     except Exception as error:  # a store's own errors
         refuse_away(error)
-        raise SourceError(
-            f"{storage.redact(source)} cannot be read: {type(error).__name__}"
-        ) from error
+        why = error if isinstance(error, FileFault) else type(error).__name__
+        raise SourceError(f"{storage.redact(source)} cannot be read: {why}") from error
     return lister.listing(source)
 
 

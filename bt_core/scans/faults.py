@@ -103,7 +103,10 @@ def _check_store(
 
 
 def _store_of(uri: str) -> str:
-    parts = urlsplit(storage.redact(uri))
+    try:
+        parts = urlsplit(storage.redact(uri))
+    except ValueError:  # it is none
+        return "the store"
     return f"{parts.scheme}://{parts.netloc}" if parts.netloc else "the store"
 
 

@@ -95,7 +95,8 @@ def _place(folder: str, path: str) -> tuple[str, str, int]:
     plain, mark, query = path.partition("?")
     uri, name = posixpath.split(plain)
     if plain.startswith(("http://", "https://")):  # there the query is part of the file's name
-        return uri, name + mark + query if query else unquote(name), NAMED
+        is_plain = not query and not set("#?%/") & set(unquote(name))
+        return uri, unquote(name) if is_plain else name + mark + query, NAMED
     return uri + mark + query, unquote(name), NAMED
 
 
