@@ -167,12 +167,12 @@ def _info_of(url: str) -> fs.FileInfo:
         raise _fault(url, f"status {answer.status}")
     span = _SPAN.fullmatch(answer.headers.get("Content-Range", ""))
     size = span[3] if span else answer.headers.get("Content-Length", "")
+    size = int(size) if re.fullmatch(r"\d{1,18}", size, re.ASCII) else None
     try:
         changed = parsedate_to_datetime(answer.headers.get("Last-Modified", ""))
-        size = int(size) if size.isdecimal() else None
-        return fs.FileInfo(url, fs.FileType.File, size=size, mtime=changed)
     except (ValueError, OverflowError):
-        return fs.FileInfo(url, fs.FileType.File)
+        changed = None
+    return fs.FileInfo(url, fs.FileType.File, size=size, mtime=changed)
 
 
 def _get(url: str, first: int, num: int) -> _Answer:
