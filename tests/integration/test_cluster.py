@@ -172,17 +172,21 @@ def test_an_end_while_it_starts_is_an_end(number, tmp_path):
         environment |= {"HOME": str(home), "TMPDIR": str(home)}
         ports = ("--port", str(free_port()), "--dashboard-port", str(free_port()))
         process = subprocess.Popen([str(BT), "cluster", "up", *ports], env=environment)
-        nodes = []
-        while len(nodes) < 2:  # what starts the head, and a process of the head itself
-            assert process.poll() is None
-            time.sleep(0.05)
-            with suppress(psutil.NoSuchProcess):  # the maker of the token, which has ended
-                found = psutil.Process(process.pid).children(recursive=True)
-                nodes = found if found and "--block" in found[0].cmdline() else []
-        process.send_signal(number)
-        assert process.wait(60) == EXIT_INTERRUPTED
-        assert not psutil.wait_procs(nodes, 5)[1], "it leaves nothing"
-        assert not list(home.glob("bt-ray-*"))
+        try:
+            nodes = []
+            while len(nodes) < 2:  # what starts the head, and a process of the head itself
+                assert process.poll() is None
+                time.sleep(0.05)
+                with suppress(psutil.NoSuchProcess):  # the maker of the token, which has ended
+                    found = psutil.Process(process.pid).children(recursive=True)
+                    nodes = found if found and "--block" in found[0].cmdline() else []
+            process.send_signal(number)
+            assert process.wait(60) == EXIT_INTERRUPTED
+            assert not psutil.wait_procs(nodes, 5)[1], "it leaves nothing"
+            assert not list(home.glob("bt-ray-*"))
+        finally:  # a test that fails leaves no nodes, by which Ray would lead other commands here
+            process.terminate()
+            process.wait(60)
 
 
 def test_a_port_that_is_taken_is_said_so(cluster):
